@@ -1,0 +1,25 @@
+"""GRINQH for PyTorch: LLM decoding that reads fewer weight bits per token.
+
+>>> from torchao.quantization import quantize_
+>>> from grinqh_ao import GrinqhConfig, set_bits
+>>> quantize_(model, GrinqhConfig(bits=3))
+>>> set_bits(model, 2.5)
+"""
+
+from grinqh_ao.config import GrinqhConfig, all_but_head
+from grinqh_ao.decode_rule import decode_every_row
+from grinqh_ao.metering import measure
+from grinqh_ao.model import set_bits, summary
+from grinqh_ao.tensor import GrinqhTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GrinqhConfig",
+    "GrinqhTensor",
+    "all_but_head",
+    "decode_every_row",
+    "measure",
+    "set_bits",
+    "summary",
+]

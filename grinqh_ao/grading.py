@@ -1,0 +1,115 @@
+"""|x| -> level, and the thresholds that make the levels read ``bits`` bits on average.
+
+A layer's thresholds are a float32 tensor [2, J] for J + 1 levels: the thresholds of a token are
+
+    thresholds[0] + thresholds[1] * mean(|x|)
+
+the first row absolute (solved from calibration data), the second relative to the token's own
+magnitude (needs no data). Channel k is read at the level with index #{j : |x_k| > threshold_j}.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+ALL_LEVELS = (0, 2, 4, 6, 8)
+
+# Normalised error of a weight read at each level, measured on random normal and SmolLM2 weights
+# (design notes, quantizer A); only the ratios of thresholds follow from it, and they are forgiving.
+_RELATIVE_ERROR = {0: 1.0, 2: 0.142, 4: 0.0098, 6: 0.00067, 8: 0.000057}
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def threshold_ratios(levels: tuple[int, ...]) -> list[float]:
+    """Ratios between a layer's thresholds, the lowest being 1.
+
+    Minimising sum_k x_k^2 D(b_k) at a fixed average of b is reverse water-filling: raising a
+    channel from level a to level b pays where x_k^2 > lambda (b - a) / (D(a) - D(b)).
+    """
+    steps = [
+        math.sqrt((b - a) / (_RELATIVE_ERROR[a] - _RELATIVE_ERROR[b]))
+        for a, b in zip(levels, levels[1:], strict=False)
+    ]
+    return [step / steps[0] for step in steps]
+
+
+def expected_bits(lowest_threshold: float, levels: tuple[int, ...]) -> float:
+    """Average bits per weight when the lowest threshold is this many times the token's mean |x|.
+
+    Activations are taken as Laplace, for which |x| / mean|x| is exponential: a share exp(-t) of
+    the channels lies above t. It reproduces the constants measured on SmolLM2 (docs/method.md).
+    """
+    bits = float(levels[0])
+    for a, b, ratio in zip(levels, levels[1:], threshold_ratios(levels), strict=False):
+        bits += (b - a) * math.exp(-lowest_threshold * ratio)
+    return bits
+
+
+def relative_thresholds(bits: float, levels: tuple[int, ...]) -> Tensor:
+    """float32 [2, len(levels) - 1]: thresholds for ``bits`` that need no calibration data.
+
+    Raises:
+        ValueError: ``bits`` is not a number the levels can average to.
+    """
+    check_bits(bits, levels)
+    thresholds = torch.zeros(2, len(levels) - 1)
+    if bits == levels[0]:
+        thresholds[1] = _FLOAT32_MAX
+    elif len(levels) > 1:
+        low, high = 0.0, 1.0
+        while expected_bits(high, levels) > bits:
+            high *= 2
+        for _ in range(60):  # bisection: expected_bits falls as its threshold grows
+            middle = (low + high) / 2
+            low, high = (middle, high) if expected_bits(middle, levels) > bits else (low, middle)
+        # Exact at the top, where every non-zero activation is to be read at the highest level.
+        lowest = 0.0 if bits == levels[-1] else high
+        thresholds[1] = lowest * torch.tensor(threshold_ratios(levels))
+    return thresholds
+
+
+def level_index(x: Tensor, thresholds: Tensor) -> Tensor:
+    """Grades activations; in float32, whatever the dtype of ``x``.
+
+    A zero is never above a threshold, so it is read at the lowest level, where it loses nothing.
+    NaN and infinity are above every threshold: they reach the output as in a dense layer.
+
+    Args:
+        x: [..., K]; each row of K is graded against its own thresholds.
+        thresholds: float32 [2, J].
+
+    Returns:
+        uint8 [..., K], 0 to J.
+    """
+    magnitude = x.abs().float()
+    absolute, relative = thresholds
+    row = absolute + relative * magnitude.mean(dim=-1, keepdim=True)  # [..., J]
+    row = row.clamp(max=_FLOAT32_MAX)
+    index = torch.zeros_like(magnitude, dtype=torch.uint8)
+    for j in range(thresholds.shape[1]):
+        index += ~(magnitude <= row[..., j : j + 1])
+    return index
+
+
+def check_levels(levels: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``levels`` are ascending, from 0, 2, 4, 6, 8, and read something."""
+    known = all(isinstance(level, int) and level in ALL_LEVELS for level in levels)
+    if not known or list(levels) != sorted(set(levels)) or not any(levels):
+        raise ValueError(
+            f"levels={levels!r}: expected ascending bit widths from {ALL_LEVELS}, at least one above 0"
+        )
+
+
+def check_bits(bits: float, levels: tuple[int, ...], name: str = "bits") -> None:
+    """Raises ValueError unless ``bits`` is an average that ``levels`` can reach."""
+    number = isinstance(bits, int | float) and not isinstance(bits, bool) and math.isfinite(bits)
+    if not number or not levels[0] <= bits <= levels[-1] or bits <= 0:
+        low = "above 0" if levels[0] == 0 else f"at least {levels[0]}"
+        raise ValueError(
+            f"{name}={bits!r}: expected a number {low} and at most {levels[-1]}, "
+            f"the average that levels {levels} can reach"
+        )

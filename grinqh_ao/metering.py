@@ -1,0 +1,196 @@
+"""Measuring what decoding reads: bits, levels, bytes per token, stored size."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.grading import level_index
+from grinqh_ao.model import quantized_linears
+from grinqh_ao.tensor import GrinqhTensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one layer, or a set of layers, read per decoded token.
+
+    Attributes:
+        weights: number of weights.
+        code_bits: bits of codes read, per token.
+        scale_bits: bits of scales read, per token.
+        padding_bits: bits of codes read per token for outputs that only pad a tile.
+        shares: level -> share of the weights read at that level.
+        stored_bytes: everything stored.
+    """
+
+    weights: int
+    code_bits: float
+    scale_bits: float
+    padding_bits: float
+    shares: dict[int, float]
+    stored_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Average bits read per weight, without scales: what ``GrinqhConfig(bits=...)`` asks."""
+        return self.code_bits / self.weights
+
+    @property
+    def bits_with_scales(self) -> float:
+        """Average bits read per weight, scales included."""
+        return (self.code_bits + self.scale_bits) / self.weights
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of codes read per token, padding included."""
+        return (self.code_bits + self.padding_bits) / 8
+
+    @property
+    def bytes_per_token_with_scales(self) -> float:
+        """Bytes read per token: codes, padding and scales."""
+        return self.bytes_per_token + self.scale_bits / 8
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits stored per weight, everything included."""
+        return 8 * self.stored_bytes / self.weights
+
+
+@dataclass
+class _Counter:
+    """Channels seen at each level in one layer; kept on the device, so that nothing waits."""
+
+    weight: GrinqhTensor
+    counts: Tensor
+    tokens: int = 0
+
+    def reading(self) -> Reading:
+        weight = self.weight
+        n, k = weight.shape
+        per_token = [count / self.tokens for count in self.counts.tolist()]
+        channels = dict(zip(weight.levels, per_token, strict=True))
+        padded = weight.slices.shape[1] * weight.tile
+        active = sum(count for level, count in channels.items() if level)
+        bits = sum(level * count for level, count in channels.items())
+        once = weight.row_scale.nbytes + weight.thresholds.nbytes
+        return Reading(
+            weights=n * k,
+            code_bits=bits * n,
+            scale_bits=8 * (active * padded / SCALE_GROUP + once),
+            padding_bits=bits * (padded - n),
+            shares={level: count / k for level, count in channels.items()},
+            stored_bytes=weight.stored_bytes,
+        )
+
+
+@dataclass
+class Measurement:
+    """What was read while :func:`measure` was active. ``print`` it for a table of layers."""
+
+    _counters: dict[str, _Counter] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> dict[str, Reading]:
+        """Per layer that decoded at least one token, by module name. Waits for the device."""
+        return {name: c.reading() for name, c in self._counters.items() if c.tokens}
+
+    @property
+    def body(self) -> Reading:
+        """All layers but output heads: those whose average ``bits`` sets."""
+        return self._sum(lambda weight: not weight.min_bits)
+
+    @property
+    def total(self) -> Reading:
+        """All quantized layers."""
+        return self._sum(lambda weight: True)
+
+    def _sum(self, wanted) -> Reading:
+        layers = self.layers
+        readings = [r for name, r in layers.items() if wanted(self._counters[name].weight)]
+        if not readings:
+            raise ValueError("nothing was decoded while measuring: no quantized layer saw one row")
+        weights = sum(r.weights for r in readings)
+        levels = sorted({level for r in readings for level in r.shares})
+        return Reading(
+            weights=weights,
+            code_bits=sum(r.code_bits for r in readings),
+            scale_bits=sum(r.scale_bits for r in readings),
+            padding_bits=sum(r.padding_bits for r in readings),
+            shares={
+                level: sum(r.weights * r.shares.get(level, 0.0) for r in readings) / weights
+                for level in levels
+            },
+            stored_bytes=sum(r.stored_bytes for r in readings),
+        )
+
+    def __str__(self) -> str:
+        rows = [("layer", "bits", "+scales", "KB/token", "+scales", "stored MB", "levels")]
+        readings = self.layers
+        if len(readings) > 1:
+            readings |= {"total": self.total}
+        for name, r in readings.items():
+            shares = " ".join(f"{level}:{share:.0%}" for level, share in r.shares.items())
+            rows.append(
+                (
+                    name or "(root)",
+                    f"{r.bits:.2f}",
+                    f"{r.bits_with_scales:.2f}",
+                    f"{r.bytes_per_token / 1e3:.1f}",
+                    f"{r.bytes_per_token_with_scales / 1e3:.1f}",
+                    f"{r.stored_bytes / 1e6:.2f}",
+                    shares,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+@contextmanager
+def measure(model: nn.Module) -> Iterator[Measurement]:
+    """Measures what decoding reads, in every quantized linear layer of ``model``.
+
+    >>> with measure(model) as measured:
+    ...     model.generate(**inputs, max_new_tokens=64)
+    >>> print(measured.total.bits, measured.total.bytes_per_token_with_scales)
+
+    Counts the rows that are decoded, not prompts. While it is active, compiled models run
+    eagerly, because compiled graphs do not run hooks; afterwards nothing of it remains.
+
+    Raises:
+        ValueError: nothing in ``model`` is quantized.
+    """
+    measurement = Measurement()
+    handles = []
+    for name, module, weight in quantized_linears(model):
+        counts = torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device)
+        counter = measurement._counters[name] = _Counter(weight, counts)
+        handles.append(module.register_forward_pre_hook(functools.partial(_count, counter)))
+    if not handles:
+        raise ValueError(f"model={type(model).__name__}: no layer is quantized, nothing to measure")
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield measurement
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _count(counter: _Counter, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+    x = args[0]
+    start = counter.weight.first_decoded_row(x, module.bias)
+    if start is None:
+        return
+    rows = x[..., start:, :] if x.dim() > 1 else x
+    index = level_index(rows, counter.weight.thresholds)
+    counter.counts += torch.bincount(index.flatten(), minlength=len(counter.counts))
+    counter.tokens += rows.numel() // rows.shape[-1]

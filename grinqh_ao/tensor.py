@@ -1,0 +1,305 @@
+"""GrinqhTensor: a linear layer's weight as nested codes, and how ``F.linear`` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import TorchAOBaseTensor
+
+from grinqh_ao import ops
+from grinqh_ao.codec import SCALE_GROUP, decode_scales, default_codebook, level_values, quantize
+from grinqh_ao.decode_rule import first_decoded_row
+from grinqh_ao.grading import (
+    ALL_LEVELS,
+    check_bits,
+    check_levels,
+    expected_bits,
+    level_index,
+    relative_thresholds,
+)
+from grinqh_ao.slices import FIELDS_PER_WORD, pack, tile_width, unpack
+
+aten = torch.ops.aten
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class GrinqhTensor(TorchAOBaseTensor):
+    """A weight [N, K] stored once as nested codes, read at 0, 2, 4, 6 or 8 bits per channel.
+
+    One row of activations goes to ``grinqh::decode_linear``, which chooses the level of every
+    channel from that row. More rows, and inputs that want gradients, take the dense path: the
+    weight at its highest level, dequantized to the dtype of the input.
+
+    Tensor data:
+        slices: int32 [S, tiles, K, tile / 16], the codes cut into 2-bit slices, top bits first.
+        scales: uint8 [tiles, K, tile / 64], logarithmic scales of 64 outputs of one channel.
+        row_scale: bfloat16 [N].
+        thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
+        codebook: float32 [340], the value of every code at levels 2, 4, 6 and 8.
+
+    Attributes:
+        levels: the bits a channel may be read at, ascending; J + 1 of them.
+        min_bits: ``set_bits`` never asks this weight to read fewer; above 0 for output heads.
+        dtype: the dtype the tensor presents itself with; the codes know none.
+    """
+
+    tensor_data_names = ["slices", "scales", "row_scale", "thresholds", "codebook"]
+    tensor_attribute_names = ["levels", "min_bits", "dtype"]
+
+    slices: Tensor
+    scales: Tensor
+    row_scale: Tensor
+    thresholds: Tensor
+    codebook: Tensor
+    levels: tuple[int, ...]
+    min_bits: float
+
+    def __new__(
+        cls,
+        slices: Tensor,
+        scales: Tensor,
+        row_scale: Tensor,
+        thresholds: Tensor,
+        codebook: Tensor,
+        levels: tuple[int, ...],
+        min_bits: float,
+        dtype: torch.dtype,
+    ) -> GrinqhTensor:
+        shape = (row_scale.shape[0], slices.shape[2])
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+            cls, shape, device=slices.device, dtype=dtype, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        slices: Tensor,
+        scales: Tensor,
+        row_scale: Tensor,
+        thresholds: Tensor,
+        codebook: Tensor,
+        levels: tuple[int, ...],
+        min_bits: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.slices = slices
+        self.scales = scales
+        self.row_scale = row_scale
+        self.thresholds = thresholds
+        self.codebook = codebook
+        self.levels = tuple(levels)
+        self.min_bits = min_bits
+
+    @classmethod
+    def from_hp(
+        cls,
+        weight: Tensor,
+        bits: float = 3.0,
+        levels: tuple[int, ...] = ALL_LEVELS,
+        min_bits: float = 0.0,
+    ) -> GrinqhTensor:
+        """Quantizes a high-precision weight.
+
+        Args:
+            weight: [N, K], float32, float16 or bfloat16, finite.
+            bits: average bits to read per weight, between the lowest and the highest level.
+            levels: ascending bit widths out of 0, 2, 4, 6, 8. The highest is what is stored.
+            min_bits: raises ``bits``, now and in :meth:`set_bits`; at most the highest level.
+
+        Raises:
+            ValueError: ``bits`` or ``levels`` out of range, or ``weight`` not 2-D.
+            TypeError: ``weight`` has another dtype.
+        """
+        check_levels(levels)
+        check_bits(bits, levels)
+        thresholds = relative_thresholds(max(bits, min_bits), levels)
+        if weight.dim() != 2:
+            raise ValueError(f"weight of shape {tuple(weight.shape)}: expected [out, in]")
+        if weight.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(f"weight of dtype {weight.dtype}: expected one of {SUPPORTED_DTYPES}")
+        weight = weight.detach()
+        n, k = weight.shape
+        tile = tile_width(n)
+        codes, scale_codes, row_scale = quantize(weight, max_level=levels[-1])
+        codes >>= 8 - levels[-1]
+        tiles, groups = -(-n // tile), tile // SCALE_GROUP
+        scale_codes = F.pad(scale_codes, (0, 0, 0, tiles * groups - scale_codes.shape[0]))
+        return cls(
+            pack(codes, levels[-1] // 2, tile),
+            scale_codes.view(tiles, groups, k).transpose(1, 2).contiguous(),
+            row_scale,
+            thresholds.to(weight.device),
+            default_codebook(weight.device),
+            tuple(levels),
+            float(min_bits),
+            weight.dtype,
+        )
+
+    def set_bits(self, bits: float) -> None:
+        """Changes in place how many bits are read on average; no requantization, no recompile.
+
+        Raises:
+            ValueError: ``bits`` is not an average that the levels can reach.
+        """
+        check_bits(bits, self.levels)
+        # In inference mode even thresholds that were made there may be written to.
+        with torch.inference_mode():
+            self.thresholds.copy_(relative_thresholds(max(bits, self.min_bits), self.levels))
+
+    @property
+    def bits(self) -> float:
+        """Average bits per weight that the thresholds aim at. Waits for the device."""
+        if len(self.levels) == 1:
+            return float(self.levels[0])
+        return expected_bits(self.thresholds[1, 0].item(), self.levels)
+
+    @property
+    def tile(self) -> int:
+        """Outputs per tile."""
+        return self.slices.shape[3] * FIELDS_PER_WORD
+
+    def dequantize(
+        self, output_dtype: torch.dtype | None = None, level: int | None = None
+    ) -> Tensor:
+        """The dense weight [N, K] as read at ``level`` (default: the highest)."""
+        level = self.levels[-1] if level is None else level
+        return ops.dequantize(
+            self.slices,
+            self.scales,
+            self.row_scale,
+            self.codebook,
+            level,
+            output_dtype or self.dtype,
+        )
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``F.linear(x, self, bias)``: x [..., K] -> [..., N] in the dtype of ``x``."""
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {self.shape[1]}]")
+        start = self.first_decoded_row(x, bias)
+        if start is None:
+            return F.linear(x, self.dequantize(x.dtype), bias)
+        if x.numel() == x.shape[-1]:
+            return ops.decode_linear(
+                x,
+                self.slices,
+                self.scales,
+                self.row_scale,
+                self.thresholds,
+                self.codebook,
+                bias,
+                self.levels,
+            )
+        decoded = self._decode_rows(x[..., start:, :], bias)
+        if start == 0:
+            return decoded
+        return torch.cat(
+            [F.linear(x[..., :start, :], self.dequantize(x.dtype), bias), decoded], dim=-2
+        )
+
+    @staticmethod
+    def first_decoded_row(x: Tensor, bias: Tensor | None = None) -> int | None:
+        """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
+        # The decode ops have no gradient; the dense path does, for x and bias.
+        return None if _wants_grad(x) or _wants_grad(bias) else first_decoded_row(x)
+
+    def _decode_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The decode rule on every row, as one dense product per level, in float32."""
+        index = level_index(x, self.thresholds)
+        y = x.new_zeros(*x.shape[:-1], self.shape[0], dtype=torch.float32)
+        for i, level in enumerate(self.levels):
+            if level:
+                weight = self.dequantize(torch.float32, level)
+                y += torch.where(index == i, x.float(), 0) @ weight.t()
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def embedding(self, indices: Tensor) -> Tensor:
+        """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""
+        rows = indices.flatten()
+        tile, offset = rows // self.tile, rows % self.tile
+        # A row is one field of one word of every channel: gather those words alone.
+        words = self.slices.shape[3]
+        word, field = offset % words, offset // words
+        column = self.slices[:, tile, :, word]  # [rows, S, K]: index dimensions come first
+        codes = torch.zeros(column.shape[0], column.shape[2], dtype=torch.int32, device=rows.device)
+        for s in range(column.shape[1]):
+            codes = (codes << 2) | ((column[:, s] >> (2 * field[:, None])) & 3)
+        scale = decode_scales(self.scales[tile, :, offset // SCALE_GROUP])
+        values = level_values(self.codebook, self.levels[-1])[codes]
+        weight = values * scale * self.row_scale[rows, None].float()
+        return weight.to(self.dtype).view(*indices.shape, -1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of everything stored for this weight."""
+        return sum(getattr(self, name).nbytes for name in self.tensor_data_names)
+
+    def _quantization_type(self) -> str:
+        return f"levels={self.levels}, tile={self.tile}"
+
+    def _stable_hash_for_caching(self) -> str:
+        # Everything a compiled graph depends on beside the inner tensors' own metadata.
+        return f"{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype}"
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return (
+            f"GrinqhTensor(shape={tuple(self.shape)}, {self._quantization_type()}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+
+def _wants_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+Op = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, GrinqhTensor):
+        raise TypeError("a GrinqhTensor can be the weight of a linear layer, not its input or bias")
+    return weight.linear(input, bias)
+
+
+@GrinqhTensor.implements(aten.linear.default)
+@GrinqhTensor.implements_torch_function(F.linear)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    return _linear(*args, **kwargs)
+
+
+@GrinqhTensor.implements(aten.embedding.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    weight, indices = args[:2]  # the rest only matters for gradients
+    return weight.embedding(indices)
+
+
+@GrinqhTensor.implements(aten.t.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    # Nested codes have no transposed form; a dense one is right for whatever product follows.
+    return args[0].dequantize().t()
+
+
+@GrinqhTensor.implements(aten._to_copy.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    """``.to(device)`` moves everything; ``.to(dtype)`` changes what the tensor presents itself as."""
+    weight = args[0]
+    dtype = kwargs.get("dtype") or weight.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype}: a GrinqhTensor can present itself as floating point only")
+    data = [
+        getattr(weight, name).to(kwargs.get("device"), copy=True)
+        for name in weight.tensor_data_names
+    ]
+    new = GrinqhTensor(*data, weight.levels, weight.min_bits, dtype)
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+torch.serialization.add_safe_globals([GrinqhTensor])
