@@ -118,7 +118,7 @@ def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
     block = _BLOCK_WEIGHTS.get(device.type, _BLOCK_WEIGHTS_DEFAULT)
     rows = max(1, block // (k * SCALE_GROUP)) * SCALE_GROUP
     row_scale = _row_scales(weight, rows)
-    inverse = torch.where(row_scale > 0, 1 / row_scale, 0)
+    inverse = _reciprocal(row_scale)
     best_code, cost = _nearest_code_tables(max_level, device)
 
     for start in range(0, n, rows):
@@ -139,21 +139,25 @@ def _row_scales(weight: Tensor, rows: int) -> Tensor:
     every group's largest magnitude, times the largest scale factor, at or below 1."""
     blocks = weight.split(rows)
     largest = torch.stack([block.abs().amax() for block in blocks]).amax().float()
-    unit = torch.where(largest >= _TINY, largest, torch.inf)  # tiny layers become all zero
-    rms = torch.cat([(block.float() / unit).square().mean(dim=1).sqrt() for block in blocks])
-    relative = (rms / rms.mean().clamp_min(torch.finfo(torch.float32).tiny)).bfloat16().float()
-    inverse = torch.where(relative > 0, 1 / relative, 0)
-    peak = torch.stack(
-        [
-            (
-                (block.float() / unit).abs().amax(dim=1) * inverse[i * rows : i * rows + len(block)]
-            ).amax()
-            for i, block in enumerate(blocks)
-        ]
-    ).amax()
-    top = (peak * _SCALE_FACTORS[-1]).log2() + torch.where(largest >= _TINY, largest, 1).log2()
-    power = torch.exp2(torch.nan_to_num(top, neginf=0.0).ceil().clamp(-120, 120))
-    return (relative * power).bfloat16().float()
+    # In units of the largest weight squares neither overflow nor vanish; tiny layers become zero.
+    unit = torch.where(largest >= _TINY, largest, torch.inf)
+    rms, peak = [], []
+    for block in blocks:
+        relative = block.float() / unit
+        rms.append(relative.square().mean(dim=1).sqrt())
+        peak.append(relative.abs().amax(dim=1))
+    row_rms = torch.cat(rms)
+    row_scale = row_rms / row_rms.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    row_scale = row_scale.bfloat16().float()
+    top = (torch.cat(peak) * _reciprocal(row_scale)).amax() * _SCALE_FACTORS[-1]
+    exponent = top.log2() + torch.where(largest >= _TINY, largest, 1).log2()
+    power = torch.exp2(torch.nan_to_num(exponent, neginf=0.0).ceil().clamp(-120, 120))
+    return (row_scale * power).bfloat16().float()
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    """1 / x, and 0 where x is 0."""
+    return torch.where(x > 0, 1 / x, 0)
 
 
 def _choose_scales(u: Tensor, energy: Tensor, cost: Tensor) -> Tensor:
@@ -178,5 +182,5 @@ def _choose_scales(u: Tensor, energy: Tensor, cost: Tensor) -> Tensor:
 
 def _grid_index(u: Tensor, scale: Tensor) -> Tensor:
     """int32 [groups, 64, K]: position of u / scale on the grid over [-1, 1]."""
-    inverse = torch.where(scale > 0, _GRID / scale, 0)
+    inverse = _GRID * _reciprocal(scale)
     return (u * inverse[:, None]).add_(_GRID + 0.5).clamp_(0, 2 * _GRID).to(torch.int32)

@@ -122,9 +122,9 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             )
         )
     print(
-        f"\nKL and perplexity: {found.positions} tokens of CPython's documentation, the decode rule "
-        "on every token after the first 16 of each 512."
-        f"\nPrefill takes the dense path: mean KL {prefill.kl:.4f}, perplexity {prefill.perplexity:.2f}."
+        f"\nMean KL and perplexity: {prefill.positions} tokens of CPython's documentation, the "
+        "decode rule on every token after the first 16 of each 512.\n"
+        f"Prefill, on its dense path: mean KL {prefill.kl:.4f}, perplexity {prefill.perplexity:.2f}."
     )
     return rows
 
@@ -212,7 +212,8 @@ def _token_rows(tokenizer: Any, text: str, tokens: int) -> Tensor:
     length = min(tokens, SEQUENCE)
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     rows = min(tokens, len(ids)) // length
-    return ids[: rows * length].view(rows, length)
+    token_rows: Tensor = ids[: rows * length].view(rows, length)
+    return token_rows
 
 
 def _generate(model: Any, tokenizer: Any, inputs: Any, new_tokens: int) -> tuple[str, float]:

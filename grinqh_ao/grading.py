@@ -10,6 +10,7 @@ magnitude (needs no data). Channel k is read at the level with index #{j : |x_k|
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -32,7 +33,7 @@ def threshold_ratios(levels: tuple[int, ...]) -> list[float]:
     """
     steps = [
         math.sqrt((b - a) / (_RELATIVE_ERROR[a] - _RELATIVE_ERROR[b]))
-        for a, b in zip(levels, levels[1:], strict=False)
+        for a, b in itertools.pairwise(levels)
     ]
     return [step / steps[0] for step in steps]
 
@@ -44,7 +45,7 @@ def expected_bits(lowest_threshold: float, levels: tuple[int, ...]) -> float:
     the channels lies above t. It reproduces the constants measured on SmolLM2 (docs/method.md).
     """
     bits = float(levels[0])
-    for a, b, ratio in zip(levels, levels[1:], threshold_ratios(levels), strict=False):
+    for (a, b), ratio in zip(itertools.pairwise(levels), threshold_ratios(levels), strict=True):
         bits += (b - a) * math.exp(-lowest_threshold * ratio)
     return bits
 
@@ -100,7 +101,8 @@ def check_levels(levels: tuple[int, ...]) -> None:
     known = all(isinstance(level, int) and level in ALL_LEVELS for level in levels)
     if not known or list(levels) != sorted(set(levels)) or not any(levels):
         raise ValueError(
-            f"levels={levels!r}: expected ascending bit widths from {ALL_LEVELS}, at least one above 0"
+            f"levels={levels!r}: expected ascending bit widths from {ALL_LEVELS}, "
+            "at least one of them above 0"
         )
 
 

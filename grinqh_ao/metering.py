@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -110,7 +110,7 @@ class Measurement:
         """All quantized layers."""
         return self._sum(lambda weight: True)
 
-    def _sum(self, wanted) -> Reading:
+    def _sum(self, wanted: Callable[[GrinqhTensor], bool]) -> Reading:
         layers = self.layers
         readings = [r for name, r in layers.items() if wanted(self._counters[name].weight)]
         if not readings:

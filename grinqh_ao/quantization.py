@@ -31,9 +31,13 @@ logger = logging.getLogger("grinqh_ao")
 _reported: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
+# For every parameter, the (name, module) of all modules that hold it. Tensors hash by identity.
+Owners = dict[Tensor, list[tuple[str, nn.Module]]]
+
+
 @dataclass(frozen=True)
 class _Layer:
-    """A module that ``quantize_`` selected, and all modules that share its weight."""
+    """A module that ``quantize_`` selected."""
 
     name: str
     module: nn.Module
@@ -133,9 +137,8 @@ def _quantize_layers(
         logger.info("%s", summary(model))
 
 
-def _owners_of_weights(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
-    """For every parameter, the (name, module) of all modules that hold it."""
-    owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
+def _owners_of_weights(model: nn.Module) -> Owners:
+    owners: Owners = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -143,9 +146,7 @@ def _owners_of_weights(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Modu
     return owners
 
 
-def _is_to_be_quantized(
-    model: nn.Module, layer: _Layer, owners: dict[Tensor, list[tuple[str, nn.Module]]]
-) -> bool:
+def _is_to_be_quantized(model: nn.Module, layer: _Layer, owners: Owners) -> bool:
     """Says once in the log why a layer is left dense."""
     if not isinstance(layer.module, nn.Linear):
         raise TypeError(
@@ -163,7 +164,7 @@ def _is_to_be_quantized(
     return not reason
 
 
-def _why_not(module: nn.Module, owners: dict[Tensor, list[tuple[str, nn.Module]]]) -> str:
+def _why_not(module: nn.Module, owners: Owners) -> str:
     """Why a linear layer cannot be quantized; empty if it can."""
     weight = module._parameters.get("weight")
     if weight is None:
@@ -181,16 +182,16 @@ def _why_not(module: nn.Module, owners: dict[Tensor, list[tuple[str, nn.Module]]
     return ""
 
 
-def _is_head(
-    model: nn.Module, layer: _Layer, owners: dict[Tensor, list[tuple[str, nn.Module]]]
-) -> bool:
+def _is_head(model: nn.Module, layer: _Layer, owners: Owners) -> bool:
     """Whether a layer turns hidden states into logits."""
     if layer.name.rpartition(".")[2] in HEAD_NAMES:
         return True
-    find = getattr(model, "get_output_embeddings", None)  # transformers
+    find: Any = getattr(model, "get_output_embeddings", None)  # transformers
     if callable(find) and find() is layer.module:
         return True
-    return any(isinstance(owner, nn.Embedding) for _, owner in owners[layer.module.weight])
+    weight = layer.module._parameters["weight"]
+    assert weight is not None
+    return any(isinstance(owner, nn.Embedding) for _, owner in owners[weight])
 
 
 def _check_values(layer: _Layer) -> None:

@@ -90,3 +90,23 @@ def unpack(slices: Tensor) -> Tensor:
             code = (code << 2) | ((bytes_[s] >> (2 * i)) & 3)
         out[:, :, :, i] = code
     return out.view(tiles, k, FIELDS_PER_WORD * words)
+
+
+def unpack_rows(slices: Tensor, rows: Tensor) -> Tensor:
+    """The codes of single outputs, as :func:`unpack` gives them for all.
+
+    Args:
+        slices: int32 [S, tiles, K, words].
+        rows: int64 [R], outputs.
+
+    Returns:
+        int32 [R, K], codes of ``2 * S`` bits.
+    """
+    num_slices, _, _, words = slices.shape
+    tile, offset = rows // (words * FIELDS_PER_WORD), rows % (words * FIELDS_PER_WORD)
+    column = slices[:, tile, :, offset % words]  # [R, S, K]: indexed dimensions come first
+    shift = 2 * (offset // words)[:, None].int()
+    codes = (column[:, 0] >> shift) & 3
+    for s in range(1, num_slices):
+        codes = (codes << 2) | ((column[:, s] >> shift) & 3)
+    return codes

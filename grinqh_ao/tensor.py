@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from grinqh_ao import ops
-from grinqh_ao.codec import SCALE_GROUP, decode_scales, default_codebook, level_values, quantize
+from grinqh_ao.codec import (
+    SCALE_GROUP,
+    decode_scales,
+    default_codebook,
+    level_values,
+    lookup,
+    quantize,
+)
 from grinqh_ao.decode_rule import first_decoded_row
 from grinqh_ao.grading import (
     ALL_LEVELS,
@@ -22,7 +29,7 @@ from grinqh_ao.grading import (
     level_index,
     relative_thresholds,
 )
-from grinqh_ao.slices import FIELDS_PER_WORD, pack, tile_width, unpack
+from grinqh_ao.slices import FIELDS_PER_WORD, pack, tile_width, unpack_rows
 
 aten = torch.ops.aten
 
@@ -72,7 +79,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         dtype: torch.dtype,
     ) -> GrinqhTensor:
         shape = (row_scale.shape[0], slices.shape[2])
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape, device=slices.device, dtype=dtype, requires_grad=False
         )
 
@@ -222,17 +229,11 @@ class GrinqhTensor(TorchAOBaseTensor):
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""
         rows = indices.flatten()
-        tile, offset = rows // self.tile, rows % self.tile
-        # A row is one field of one word of every channel: gather those words alone.
-        words = self.slices.shape[3]
-        word, field = offset % words, offset // words
-        column = self.slices[:, tile, :, word]  # [rows, S, K]: index dimensions come first
-        codes = torch.zeros(column.shape[0], column.shape[2], dtype=torch.int32, device=rows.device)
-        for s in range(column.shape[1]):
-            codes = (codes << 2) | ((column[:, s] >> (2 * field[:, None])) & 3)
-        scale = decode_scales(self.scales[tile, :, offset // SCALE_GROUP])
-        values = level_values(self.codebook, self.levels[-1])[codes]
-        weight = values * scale * self.row_scale[rows, None].float()
+        row_scale = self.row_scale.index_select(0, rows).float()  # says if an index is out of range
+        codes = unpack_rows(self.slices, rows)
+        groups = self.scales[rows // self.tile, :, rows % self.tile // SCALE_GROUP]
+        values = lookup(level_values(self.codebook, self.levels[-1]), codes)
+        weight = values * decode_scales(groups) * row_scale[:, None]
         return weight.to(self.dtype).view(*indices.shape, -1)
 
     @property
@@ -278,18 +279,20 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
 @GrinqhTensor.implements(aten.embedding.default)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     weight, indices = args[:2]  # the rest only matters for gradients
-    return weight.embedding(indices)
+    rows: Tensor = weight.embedding(indices)
+    return rows
 
 
 @GrinqhTensor.implements(aten.t.default)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     # Nested codes have no transposed form; a dense one is right for whatever product follows.
-    return args[0].dequantize().t()
+    dense: Tensor = args[0].dequantize()
+    return dense.t()
 
 
 @GrinqhTensor.implements(aten._to_copy.default)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    """``.to(device)`` moves everything; ``.to(dtype)`` changes what the tensor presents itself as."""
+    # .to(device) moves everything; .to(dtype) changes what the tensor presents itself as.
     weight = args[0]
     dtype = kwargs.get("dtype") or weight.dtype
     if not dtype.is_floating_point:
@@ -298,8 +301,9 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
         getattr(weight, name).to(kwargs.get("device"), copy=True)
         for name in weight.tensor_data_names
     ]
-    new = GrinqhTensor(*data, weight.levels, weight.min_bits, dtype)
-    return return_and_correct_aliasing(func, args, kwargs, new)
+    new = GrinqhTensor(*data, levels=weight.levels, min_bits=weight.min_bits, dtype=dtype)
+    aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
+    return aliased
 
 
 torch.serialization.add_safe_globals([GrinqhTensor])

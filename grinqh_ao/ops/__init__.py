@@ -6,7 +6,7 @@ Defined through :class:`torch.library.Library`, whose eager call costs a third o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,5 +56,5 @@ def _(
     return slices.new_empty(row_scale.shape[0], slices.shape[2], dtype=dtype)
 
 
-decode_linear = torch.ops.grinqh.decode_linear.default
-dequantize = torch.ops.grinqh.dequantize.default
+decode_linear: Callable[..., Tensor] = torch.ops.grinqh.decode_linear.default
+dequantize: Callable[..., Tensor] = torch.ops.grinqh.dequantize.default

@@ -78,7 +78,7 @@ def dequantize(
 
     Beside the result, it takes memory for a small block of it.
     """
-    _, tiles, k, words = slices.shape
+    _, _, k, words = slices.shape
     tile = words * FIELDS_PER_WORD
     n = row_scale.shape[0]
     weight = torch.zeros(n, k, dtype=dtype, device=slices.device)
