@@ -37,7 +37,8 @@ class GrinqhConfig(AOBaseConfig):
     head_bits: float | None = 6.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
+        if isinstance(self.levels, list):  # as JSON has it
+            object.__setattr__(self, "levels", tuple(self.levels))
         check_levels(self.levels)
         check_bits(self.bits, self.levels)
         if self.head_bits is not None:

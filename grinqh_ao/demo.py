@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     print(
         f"\nMean KL and perplexity: {prefill.positions} tokens of CPython's documentation, the "
         "decode rule on every token after the first 16 of each 512.\n"
-        f"Prefill, on its dense path: mean KL {prefill.kl:.4f}, perplexity {prefill.perplexity:.2f}."
+        f"Prefill, on its dense path: KL {prefill.kl:.4f}, perplexity {prefill.perplexity:.2f}."
     )
     return rows
 

@@ -98,10 +98,15 @@ def level_index(x: Tensor, thresholds: Tensor) -> Tensor:
 
 def check_levels(levels: tuple[int, ...]) -> None:
     """Raises ValueError unless ``levels`` are ascending, from 0, 2, 4, 6, 8, and read something."""
-    known = all(isinstance(level, int) and level in ALL_LEVELS for level in levels)
-    if not known or list(levels) != sorted(set(levels)) or not any(levels):
+    valid = (
+        isinstance(levels, tuple)
+        and all(isinstance(level, int) and level in ALL_LEVELS for level in levels)
+        and list(levels) == sorted(set(levels))
+        and any(levels)
+    )
+    if not valid:
         raise ValueError(
-            f"levels={levels!r}: expected ascending bit widths from {ALL_LEVELS}, "
+            f"levels={levels!r}: expected a tuple of ascending bit widths from {ALL_LEVELS}, "
             "at least one of them above 0"
         )
 

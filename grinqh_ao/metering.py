@@ -184,13 +184,12 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
             handle.remove()
 
 
-@torch.no_grad()
 def _count(counter: _Counter, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
     x = args[0]
     start = counter.weight.first_decoded_row(x, module.bias)
     if start is None:
         return
-    rows = x[..., start:, :] if x.dim() > 1 else x
+    rows = (x[..., start:, :] if x.dim() > 1 else x).detach()
     index = level_index(rows, counter.weight.thresholds)
     counter.counts += torch.bincount(index.flatten(), minlength=len(counter.counts))
     counter.tokens += rows.numel() // rows.shape[-1]

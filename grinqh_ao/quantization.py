@@ -8,13 +8,14 @@ work when the first module arrives. For the modules that follow nothing is left 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ class _Layer:
     name: str
     module: nn.Module
     config: GrinqhConfig
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self.module._parameters.get("weight")
 
     def __str__(self) -> str:
         return self.name or f"{type(self.module).__name__}({self.module.extra_repr()})"
@@ -120,21 +125,28 @@ def _quantize_layers(
 
     with tqdm(todo, desc="quantizing", unit="layer", disable=None) as progress:
         for layer in progress:
-            weight, config = layer.module.weight, layer.config
-            if isinstance(weight, GrinqhTensor):  # tied to a layer that was done before
+            weight, config = layer.weight, layer.config
+            if weight is None or isinstance(weight, GrinqhTensor):  # tied to one done before
                 continue
             holders = owners.pop(weight)  # pop: lets go of the dense weight
-            if device is not None:
-                layer.module.to(device)
             min_bits = 0.0
             if layer.module in heads and config.head_bits is not None:
                 min_bits = float(min(config.head_bits, config.levels[-1]))
-            nested = GrinqhTensor.from_hp(layer.module.weight, config.bits, config.levels, min_bits)
+            dense = weight.to(device or weight.device)
+            nested = GrinqhTensor.from_hp(dense, config.bits, config.levels, min_bits)
             parameter = nn.Parameter(nested, requires_grad=False)
             for _, holder in holders:  # tied modules stay tied
                 holder.weight = parameter
+                if isinstance(holder, nn.Linear):
+                    holder.extra_repr = functools.partial(_extra_repr, holder)  # type: ignore[method-assign]
     if todo:
         logger.info("%s", summary(model))
+
+
+def _extra_repr(module: nn.Linear) -> str:
+    weight = module.weight
+    added = f", grinqh: {weight._quantization_type()}" if isinstance(weight, GrinqhTensor) else ""
+    return f"{type(module).extra_repr(module)}{added}"
 
 
 def _owners_of_weights(model: nn.Module) -> Owners:
@@ -153,7 +165,7 @@ def _is_to_be_quantized(model: nn.Module, layer: _Layer, owners: Owners) -> bool
             f"{layer.name or 'the model'}: filter_fn selected a {type(layer.module).__name__}; "
             "GrinqhConfig quantizes nn.Linear layers"
         )
-    if isinstance(layer.module._parameters.get("weight"), GrinqhTensor):
+    if isinstance(layer.weight, GrinqhTensor):
         return False
     reason, level = _why_not(layer.module, owners), logging.WARNING
     if not reason and layer.config.head_bits is None and _is_head(model, layer, owners):
@@ -186,16 +198,17 @@ def _is_head(model: nn.Module, layer: _Layer, owners: Owners) -> bool:
     """Whether a layer turns hidden states into logits."""
     if layer.name.rpartition(".")[2] in HEAD_NAMES:
         return True
-    find: Any = getattr(model, "get_output_embeddings", None)  # transformers
-    if callable(find) and find() is layer.module:
+    find = cast(Any, getattr(model, "get_output_embeddings", None))  # transformers
+    if find and find() is layer.module:
         return True
-    weight = layer.module._parameters["weight"]
-    assert weight is not None
-    return any(isinstance(owner, nn.Embedding) for _, owner in owners[weight])
+    holders = owners[layer.weight] if layer.weight is not None else []
+    return any(isinstance(owner, nn.Embedding) for _, owner in holders)
 
 
 def _check_values(layer: _Layer) -> None:
-    weight = layer.module.weight
+    weight = layer.weight
+    if weight is None:
+        return
     if weight.is_meta:
         raise ValueError(f"{layer}: its weight is on the meta device; load its values first")
     smallest, largest = torch.aminmax(weight.detach())  # NaN reaches both

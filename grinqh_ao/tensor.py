@@ -104,6 +104,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         self.min_bits = min_bits
 
     @classmethod
+    @torch.compiler.disable  # done once per weight, and to give the same codes everywhere
     def from_hp(
         cls,
         weight: Tensor,
@@ -241,8 +242,8 @@ class GrinqhTensor(TorchAOBaseTensor):
         """Bytes of everything stored for this weight."""
         return sum(getattr(self, name).nbytes for name in self.tensor_data_names)
 
-    def _quantization_type(self) -> str:
-        return f"levels={self.levels}, tile={self.tile}"
+    def _quantization_type(self) -> str:  # what TorchAO asks for
+        return f"levels={self.levels}, min_bits={self.min_bits:g}, tile={self.tile}"
 
     def _stable_hash_for_caching(self) -> str:
         # Everything a compiled graph depends on beside the inner tensors' own metadata.
@@ -297,11 +298,20 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     dtype = kwargs.get("dtype") or weight.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}: a GrinqhTensor can present itself as floating point only")
-    data = [
-        getattr(weight, name).to(kwargs.get("device"), copy=True)
-        for name in weight.tensor_data_names
-    ]
-    new = GrinqhTensor(*data, levels=weight.levels, min_bits=weight.min_bits, dtype=dtype)
+
+    def move(data: Tensor) -> Tensor:
+        return data.to(kwargs.get("device"), copy=True)
+
+    new = GrinqhTensor(
+        move(weight.slices),
+        move(weight.scales),
+        move(weight.row_scale),
+        move(weight.thresholds),
+        move(weight.codebook),
+        weight.levels,
+        weight.min_bits,
+        dtype,
+    )
     aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
     return aliased
 

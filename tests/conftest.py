@@ -1,0 +1,51 @@
+"""Tiny random models, and nothing that reaches a network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("default")
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def tiny_model(family: str, *, tied: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A random Llama or Qwen3 with large enough weights that greedy tokens vary."""
+    import transformers
+
+    torch.manual_seed(0)
+    if family == "llama":
+        config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=tied, initializer_range=0.2)
+        model = transformers.LlamaForCausalLM(config)
+    else:
+        config = transformers.Qwen3Config(
+            **SMALL, head_dim=16, tie_word_embeddings=tied, initializer_range=0.2
+        )
+        model = transformers.Qwen3ForCausalLM(config)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param

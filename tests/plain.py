@@ -1,0 +1,80 @@
+"""The decode rule written down once more, as plainly as it can be, in float64."""
+
+import torch
+from torch import Tensor, nn
+
+from grinqh_ao import GrinqhTensor
+from grinqh_ao.codec import SCALE_GROUP
+
+
+def dense_at(weight: GrinqhTensor, level: int) -> Tensor:
+    """float64 [N, K]: every stored bit by its documented place and meaning, one at a time."""
+    n, k = weight.shape
+    _, _, _, words = weight.slices.shape
+    tile = 16 * words
+    dense = torch.zeros(n, k, dtype=torch.float64)
+    if level == 0:
+        return dense
+    table = weight.codebook[(2**level - 4) // 3 :][: 2**level].double()
+    for row in range(n):
+        t, offset = divmod(row, tile)
+        field, word = divmod(offset, words)
+        code = torch.zeros(k, dtype=torch.int64)
+        for s in range(level // 2):
+            code = 4 * code + ((weight.slices[s, t, :, word].long() >> (2 * field)) & 3)
+        exponent = weight.scales[t, :, offset // SCALE_GROUP].double()
+        scale = torch.where(exponent > 0, 2 ** ((exponent - 255) / 16), 0)
+        dense[row] = table[code] * scale * weight.row_scale[row].double()
+    return dense
+
+
+def levels_of(x: Tensor, weight: GrinqhTensor) -> list[int]:
+    """The level of every channel of one row x [K]."""
+    magnitude = x.abs().float()
+    absolute, relative = weight.thresholds
+    thresholds = (absolute + relative * magnitude.mean()).tolist()
+    return [weight.levels[sum(m > t for t in thresholds)] for m in magnitude.tolist()]
+
+
+def decode(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:
+    """float64 [N] for one row x [K]."""
+    levels = levels_of(x, weight)
+    effective = torch.zeros(weight.shape, dtype=torch.float64)
+    for level in set(levels) - {0}:
+        channels = torch.tensor([b == level for b in levels])
+        effective[:, channels] = dense_at(weight, level)[:, channels]
+    y = effective @ x.double()
+    return y if bias is None else y + bias.double()
+
+
+class PlainLinear(nn.Module):
+    """A linear layer of the same rule: one row is decoded, more take the dense weight."""
+
+    def __init__(self, weight: GrinqhTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.nested, self.bias = weight, bias
+        self.by_level = {level: dense_at(weight, level) for level in weight.levels}
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) == 1:
+            levels = torch.tensor(levels_of(rows[0], self.nested))
+            weight = sum(dense * (levels == level) for level, dense in self.by_level.items())
+        else:
+            weight = self.by_level[self.nested.levels[-1]]
+        y = x.double() @ weight.t()
+        return (y if self.bias is None else y + self.bias.double()).to(x.dtype)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Replaces every quantized linear of ``model``, in place; embeddings become dense."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            weight = child._parameters.get("weight")
+            if not isinstance(weight, GrinqhTensor):
+                continue
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PlainLinear(weight, child.bias))
+            else:
+                child.weight = nn.Parameter(dense_at(weight, weight.levels[-1]).to(weight.dtype))
+    return model

@@ -1,0 +1,74 @@
+"""The switch that decodes every row."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchao.quantization import quantize_
+
+import plain
+from conftest import tiny_model
+from grinqh_ao import GrinqhConfig, GrinqhTensor, decode_every_row
+
+
+def test_every_row_is_decoded_as_if_alone():
+    weight = GrinqhTensor.from_hp(torch.randn(96, 40))
+    x, bias = torch.distributions.Laplace(0.0, 1.0).sample((2, 5, 40)), torch.randn(96)
+    with decode_every_row(dense_prefix=2):
+        found = F.linear(x, weight, bias)
+    for b in range(2):
+        torch.testing.assert_close(found[b, :2], F.linear(x[b, :2], weight.dequantize(), bias))
+        for s in range(2, 5):
+            expected = plain.decode(x[b, s], weight, bias).float()
+            torch.testing.assert_close(found[b, s], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_as_long_as_the_input_is_dense():
+    weight = GrinqhTensor.from_hp(torch.randn(96, 40))
+    x = torch.randn(5, 40)
+    dense = F.linear(x, weight)
+    for prefix in (5, 100):
+        with decode_every_row(prefix):
+            assert torch.equal(F.linear(x, weight), dense)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_agrees_with_decoding_token_by_token(family, tied):
+    """Logit by logit, with a real KV cache after a real dense prefill."""
+    model = tiny_model(family, tied=tied)
+    quantize_(model, GrinqhConfig(bits=3))
+    ids = torch.randint(0, 320, (1, 24))
+    prompt = 8
+    with decode_every_row(dense_prefix=prompt):
+        at_once = model(ids, use_cache=False).logits
+    output = model(ids[:, :prompt], use_cache=True)
+    steps = [output.logits]
+    for position in range(prompt, ids.shape[1]):
+        token = ids[:, position : position + 1]
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        steps.append(output.logits)
+    torch.testing.assert_close(at_once, torch.cat(steps, dim=1), rtol=1e-3, atol=1e-3)
+    assert (at_once - model(ids, use_cache=False).logits)[:, prompt:].abs().max() > 0.05
+
+
+def test_is_off_again_afterwards_and_in_other_threads():
+    weight = GrinqhTensor.from_hp(torch.randn(96, 40))
+    x = torch.randn(5, 40)
+    dense = F.linear(x, weight)
+    elsewhere = []
+    with pytest.raises(RuntimeError, match="stop"), decode_every_row():
+        assert not torch.equal(F.linear(x, weight), dense)
+        thread = threading.Thread(target=lambda: elsewhere.append(F.linear(x, weight)))
+        thread.start()
+        thread.join()
+        raise RuntimeError("stop")
+    assert torch.equal(elsewhere[0], dense)
+    assert torch.equal(F.linear(x, weight), dense)
+
+
+@pytest.mark.parametrize("prefix", [-1, 1.5, "1", None])
+def test_bad_prefix(prefix):
+    with pytest.raises(ValueError, match="dense_prefix="), decode_every_row(prefix):
+        pass

@@ -1,0 +1,78 @@
+"""The claims of the README, on the real model, in short form."""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("gguf")
+
+from torchao.quantization import quantize_
+
+from grinqh_ao import GrinqhConfig, demo, measure, set_bits
+from grinqh_ao.evaluation import quality, reference
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    try:
+        return demo.load(None)
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_smollm2_at_three_bits(loaded):
+    model, tokenizer = loaded
+    ids = demo._token_rows(tokenizer, demo.english_prose(), 512)
+    full = reference(model, ids)
+    quantize_(model, GrinqhConfig(bits=3))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    assert quality(model, full, decode_rule=False).kl <= 0.004
+    with measure(model) as measured:
+        at_3 = quality(model, full)
+    assert measured.body.bits == pytest.approx(3, abs=0.15)
+    assert measured.body.bits_with_scales == pytest.approx(3.13, abs=0.15)
+    assert at_3.kl <= 0.12
+    assert at_3.agreement > 0.8
+
+    set_bits(model, 2)
+    token = tokenizer("The capital of France is", return_tensors="pt")
+    with measure(model) as measured:
+        model.generate(**token, max_new_tokens=4, do_sample=False)
+    assert measured.body.bits == pytest.approx(2, abs=0.25)
+
+
+def test_prose_is_prose():
+    text = demo.english_prose()
+    assert len(text.split()) > 5000
+    assert not re.search(r">>>|::|^[ \t]", text, re.MULTILINE)
+
+
+def test_demo_on_a_local_model(tmp_path, capsys):
+    """The whole demo, on a tiny model from a directory."""
+    import json
+
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from conftest import tiny_model
+
+    words = {f"w{i}": i for i in range(319)} | {"[UNK]": 319}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    tokenizer.save_pretrained(tmp_path)
+    tiny_model("llama", tied=True).save_pretrained(tmp_path)
+    report = tmp_path / "report.json"
+    options = ["--model", str(tmp_path), "--prompt", "w1 w2 w3", "--tokens", "64"]
+    demo.main([*options, "--new-tokens", "4", "--bits", "4", "2", "--json", str(report)])
+    output = capsys.readouterr().out
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["bits_asked"] for row in rows] == [None, 4, 2]
+    assert rows[1]["bits_read"] == pytest.approx(4, abs=0.4)
+    assert 0 < rows[1]["kl"] < rows[2]["kl"]
+    assert rows[1]["stored_mb"] < rows[0]["stored_mb"]
+    assert "| GRINQH, bits=2" in output
+    assert f"torch {torch.__version__}" in output

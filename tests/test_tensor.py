@@ -1,0 +1,233 @@
+"""GrinqhTensor: TorchAO's generic suites, ops, dispatch, serialization."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchao.testing import utils as torchao_tests
+
+from grinqh_ao import GrinqhTensor, decode_every_row, ops
+
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="TorchAO's test calls .cuda() unconditionally"
+)
+
+
+class TestTorchAOBasics(torchao_tests.TorchAOBasicTestCase):
+    TENSOR_SUBCLASS = GrinqhTensor
+    FACTORY_FN = staticmethod(GrinqhTensor.from_hp)
+    kwargs = {}
+    LINEAR_MIN_SQNR = 38  # the dense path reads level 8
+
+
+class TestTorchAOCompile(torchao_tests.TorchAOCompileTestCase):
+    TENSOR_SUBCLASS = GrinqhTensor
+    FACTORY_FN = staticmethod(GrinqhTensor.from_hp)
+    kwargs = {}
+    LINEAR_MIN_SQNR = 38
+    COMPILE_MIN_SQNR = 50
+
+
+for _name in list(vars(torchao_tests.TorchAOBasicTestCase)):
+    if _name.startswith("test_device1_to_device2"):
+        setattr(
+            TestTorchAOBasics, _name, NEEDS_CUDA(vars(torchao_tests.TorchAOBasicTestCase)[_name])
+        )
+
+
+@pytest.fixture
+def weight() -> GrinqhTensor:
+    return GrinqhTensor.from_hp(torch.randn(96, 40))
+
+
+def test_one_row_decodes_and_more_rows_are_dense(weight):
+    x = torch.randn(3, 40)
+    dense = weight.dequantize()
+    torch.testing.assert_close(F.linear(x, weight), x @ dense.t())
+    for shape in [(40,), (1, 40), (1, 1, 40)]:
+        row = x[0].view(shape)
+        expected = ops.decode_linear(
+            row, weight.slices, weight.scales, weight.row_scale, weight.thresholds,
+            weight.codebook, None, weight.levels,
+        )  # fmt: skip
+        found = F.linear(row, weight)
+        assert found.shape == (*shape[:-1], 96)
+        assert torch.equal(found, expected)
+        assert not torch.allclose(found, F.linear(row, dense))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_output_has_the_dtype_of_the_input(weight, dtype, rows):
+    assert F.linear(torch.randn(rows, 40, dtype=dtype), weight).dtype == dtype
+
+
+def test_bias_by_position_and_by_keyword(weight):
+    bias = torch.randn(96)
+    for rows in (1, 3):
+        x = torch.randn(rows, 40)
+        expected = F.linear(x, weight) + bias
+        torch.testing.assert_close(F.linear(x, weight, bias), expected)
+        torch.testing.assert_close(F.linear(input=x, weight=weight, bias=bias), expected)
+
+
+def test_gradients_take_the_dense_path(weight):
+    dense = weight.dequantize()
+    for rows in (1, 3):
+        for requires_grad in ("x", "bias"):
+            x = torch.randn(rows, 40, requires_grad=requires_grad == "x")
+            bias = torch.randn(96, requires_grad=requires_grad == "bias")
+            y = F.linear(x, weight, bias)
+            torch.testing.assert_close(y, F.linear(x, dense, bias))
+            y.square().sum().backward()
+            wanted = x if requires_grad == "x" else bias
+            (expected,) = torch.autograd.grad(F.linear(x, dense, bias).square().sum(), wanted)
+            torch.testing.assert_close(wanted.grad, expected)
+
+
+def test_no_gradient_wanted_under_no_grad(weight):
+    x = torch.randn(1, 40, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(F.linear(x, weight), F.linear(x.detach(), weight))
+
+
+@pytest.mark.parametrize("shape", [(0, 40), (2, 0, 40)])
+def test_empty_batches(weight, shape):
+    y = F.linear(torch.empty(shape), weight)
+    assert y.shape == (*shape[:-1], 96)
+    with decode_every_row():
+        assert F.linear(torch.empty(shape), weight).shape == (*shape[:-1], 96)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reaches_the_output(weight, value):
+    x = torch.randn(1, 40)
+    x[0, 7] = value
+    dense = F.linear(x, weight.dequantize())
+    decoded = F.linear(x, weight)
+    assert torch.equal(decoded.isnan(), dense.isnan())
+    assert torch.equal(decoded.isinf(), dense.isinf())
+
+
+def test_wrong_input_width(weight):
+    with pytest.raises(ValueError, match=r"input of shape \(1, 39\): expected \[\.\.\., 40\]"):
+        F.linear(torch.randn(1, 39), weight)
+
+
+def test_from_hp_says_what_is_wrong():
+    with pytest.raises(ValueError, match="bits=9"):
+        GrinqhTensor.from_hp(torch.randn(4, 4), bits=9)
+    with pytest.raises(ValueError, match="levels="):
+        GrinqhTensor.from_hp(torch.randn(4, 4), levels=(0, 3))
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        GrinqhTensor.from_hp(torch.randn(4))
+    with pytest.raises(TypeError, match=r"torch\.int8"):
+        GrinqhTensor.from_hp(torch.zeros(4, 4, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("levels", [(0, 2, 4), (2, 4), (4,), (0, 6)], ids=str)
+def test_stores_no_slice_above_the_highest_level(levels):
+    weight = GrinqhTensor.from_hp(torch.randn(96, 40), bits=levels[-1], levels=levels)
+    assert weight.slices.shape[0] == levels[-1] // 2
+    x = torch.randn(2, 40)
+    with decode_every_row():
+        torch.testing.assert_close(F.linear(x, weight), F.linear(x, weight.dequantize()))
+
+
+def test_set_bits_and_back_is_bit_identical(weight):
+    x = torch.randn(1, 40)
+    before = F.linear(x, weight)
+    assert weight.bits == pytest.approx(3)
+    weight.set_bits(6)
+    assert weight.bits == pytest.approx(6)
+    assert not torch.equal(F.linear(x, weight), before)
+    weight.set_bits(3)
+    assert torch.equal(F.linear(x, weight), before)
+    with pytest.raises(ValueError, match="bits=0"):
+        weight.set_bits(0)
+    assert torch.equal(F.linear(x, weight), before)
+
+
+def test_set_bits_on_a_tensor_made_in_inference_mode():
+    with torch.inference_mode():
+        weight = GrinqhTensor.from_hp(torch.randn(96, 40))
+    weight.set_bits(2)
+    assert weight.bits == pytest.approx(2)
+
+
+def test_min_bits_is_a_floor():
+    weight = GrinqhTensor.from_hp(torch.randn(96, 40), bits=3, min_bits=6)
+    assert weight.bits == pytest.approx(6)
+    weight.set_bits(2)
+    assert weight.bits == pytest.approx(6)
+    weight.set_bits(7)
+    assert weight.bits == pytest.approx(7)
+
+
+@pytest.mark.parametrize("n", [96, 200, 600])
+def test_embedding_is_the_dense_row(n):
+    weight = GrinqhTensor.from_hp(torch.randn(n, 40))
+    indices = torch.randint(0, n, (2, 5))
+    expected = F.embedding(indices, weight.dequantize())
+    assert torch.equal(F.embedding(indices, weight), expected)
+    for index in (n, -1):
+        with pytest.raises(IndexError):
+            F.embedding(torch.tensor([index]), weight)
+
+
+def test_to_changes_the_dtype_it_presents(weight):
+    moved = weight.to(torch.bfloat16)
+    assert moved.dtype == torch.bfloat16
+    assert moved.dequantize().dtype == torch.bfloat16
+    assert torch.equal(moved.slices, weight.slices)
+    with pytest.raises(TypeError, match=r"torch\.int8"):
+        weight.to(torch.int8)
+    linear = nn.Linear(40, 96)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    assert linear.half().weight.dtype == torch.float16
+
+
+def test_stored_size_is_what_is_held():
+    weight = GrinqhTensor.from_hp(torch.randn(512, 1024))
+    codes, scales, rows = 512 * 1024, 512 // 64 * 1024, 2 * 512
+    assert weight.stored_bytes == codes + scales + rows + 2 * 4 * 4 + 340 * 4
+
+
+def linear_with(weight: GrinqhTensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear.requires_grad_(False)
+
+
+def test_pickle_deepcopy_and_state_dict(weight):
+    linear, x = linear_with(weight), torch.randn(1, 40)
+    expected = linear(x)
+    for duplicate in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert torch.equal(duplicate(x), expected)
+        duplicate.weight.set_bits(8)  # nothing is shared
+        assert torch.equal(linear(x), expected)
+
+    file = io.BytesIO()
+    torch.save(linear.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other = linear_with(GrinqhTensor.from_hp(torch.randn(96, 40), bits=5))
+    other.load_state_dict(state)
+    assert torch.equal(other(x), expected)
+    fresh = nn.Linear(40, 96)
+    fresh.load_state_dict(state, assign=True)
+    assert torch.equal(fresh.requires_grad_(False)(x), expected)
+
+
+def test_operands_it_cannot_be(weight):
+    with pytest.raises(TypeError, match="weight of a linear layer"):
+        F.linear(weight, torch.randn(3, 40))
+
+
+def test_prints_what_it_is(weight):
+    assert "levels=(0, 2, 4, 6, 8)" in repr(weight)
+    assert "shape=(96, 40)" in repr(nn.Parameter(weight, requires_grad=False))
