@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 from torchao.core.config import AOBaseConfig
@@ -33,14 +34,13 @@ class GrinqhConfig(AOBaseConfig):
     """
 
     bits: float = 3.0
-    levels: tuple[int, ...] = ALL_LEVELS
+    levels: Sequence[int] = field(default_factory=lambda: list(ALL_LEVELS))
     head_bits: float | None = 6.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, list):  # as JSON has it
-            object.__setattr__(self, "levels", tuple(self.levels))
-        check_levels(self.levels)
-        check_bits(self.bits, self.levels)
+        levels = check_levels(self.levels)
+        object.__setattr__(self, "levels", list(levels))  # TorchAO's JSON knows no tuples
+        check_bits(self.bits, levels)
         if self.head_bits is not None:
             check_bits(self.head_bits, ALL_LEVELS, name="head_bits")
 

@@ -96,19 +96,23 @@ def level_index(x: Tensor, thresholds: Tensor) -> Tensor:
     return index
 
 
-def check_levels(levels: tuple[int, ...]) -> None:
-    """Raises ValueError unless ``levels`` are ascending, from 0, 2, 4, 6, 8, and read something."""
-    valid = (
-        isinstance(levels, tuple)
-        and all(isinstance(level, int) and level in ALL_LEVELS for level in levels)
+def check_levels(levels: object) -> tuple[int, ...]:
+    """A list or tuple of levels as a tuple.
+
+    Raises:
+        ValueError: ``levels`` are not ascending, not from 0, 2, 4, 6, 8, or read nothing.
+    """
+    if (
+        isinstance(levels, list | tuple)
+        and all(type(level) is int and level in ALL_LEVELS for level in levels)
         and list(levels) == sorted(set(levels))
         and any(levels)
+    ):
+        return tuple(levels)
+    raise ValueError(
+        f"levels={levels!r}: expected ascending bit widths from {ALL_LEVELS}, "
+        "at least one of them above 0"
     )
-    if not valid:
-        raise ValueError(
-            f"levels={levels!r}: expected a tuple of ascending bit widths from {ALL_LEVELS}, "
-            "at least one of them above 0"
-        )
 
 
 def check_bits(bits: float, levels: tuple[int, ...], name: str = "bits") -> None:

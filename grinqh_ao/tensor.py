@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         cls,
         weight: Tensor,
         bits: float = 3.0,
-        levels: tuple[int, ...] = ALL_LEVELS,
+        levels: Sequence[int] = ALL_LEVELS,
         min_bits: float = 0.0,
     ) -> GrinqhTensor:
         """Quantizes a high-precision weight.
@@ -124,7 +124,7 @@ class GrinqhTensor(TorchAOBaseTensor):
             ValueError: ``bits`` or ``levels`` out of range, or ``weight`` not 2-D.
             TypeError: ``weight`` has another dtype.
         """
-        check_levels(levels)
+        levels = check_levels(levels)
         check_bits(bits, levels)
         thresholds = relative_thresholds(max(bits, min_bits), levels)
         if weight.dim() != 2:
@@ -144,7 +144,7 @@ class GrinqhTensor(TorchAOBaseTensor):
             row_scale,
             thresholds.to(weight.device),
             default_codebook(weight.device),
-            tuple(levels),
+            levels,
             float(min_bits),
             weight.dtype,
         )
