@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     model, tokenizer = load(arguments.model)
     name = Path(arguments.model).name if arguments.model else "SmolLM2-135M-Instruct"
     inputs = _prompt(tokenizer, arguments.prompt).to(model.device)
-    ids = _token_rows(tokenizer, english_prose(), arguments.tokens).to(model.device)
+    ids = token_rows(tokenizer, english_prose(), arguments.tokens).to(model.device)
     new_tokens = arguments.new_tokens
 
     dtype = str(model.dtype).removeprefix("torch.")
@@ -168,6 +168,17 @@ def english_prose() -> str:
     return "\n\n".join(paragraphs)
 
 
+def token_rows(tokenizer: Any, text: str, tokens: int, skip: int = 0) -> Tensor:
+    """int64 [tokens // 512, 512] from a text; one shorter row for fewer tokens."""
+    length = min(tokens, SEQUENCE)
+    ids = tokenizer(text, return_tensors="pt").input_ids[0, skip:]
+    rows = min(tokens, len(ids)) // length
+    if rows == 0:
+        raise ValueError(f"tokens={tokens}: the text has only {len(ids)} after the first {skip}")
+    found: Tensor = ids[: rows * length].view(rows, length)
+    return found
+
+
 def describe_machine() -> str:
     """One line: processor, threads, GPU and versions."""
     processor = platform.processor() or platform.machine()
@@ -205,15 +216,6 @@ def _prompt(tokenizer: Any, prompt: str) -> Any:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(prompt, return_tensors="pt")
-
-
-def _token_rows(tokenizer: Any, text: str, tokens: int) -> Tensor:
-    """int64 [tokens // 512, 512]; one shorter row for fewer tokens."""
-    length = min(tokens, SEQUENCE)
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    rows = min(tokens, len(ids)) // length
-    token_rows: Tensor = ids[: rows * length].view(rows, length)
-    return token_rows
 
 
 def _generate(model: Any, tokenizer: Any, inputs: Any, new_tokens: int) -> tuple[str, float]:

@@ -24,7 +24,7 @@ def loaded():
 @pytest.mark.filterwarnings("ignore")
 def test_smollm2_at_three_bits(loaded):
     model, tokenizer = loaded
-    ids = demo._token_rows(tokenizer, demo.english_prose(), 512)
+    ids = demo.token_rows(tokenizer, demo.english_prose(), 512)
     full = reference(model, ids)
     quantize_(model, GrinqhConfig(bits=3))
     assert model.lm_head.weight is model.model.embed_tokens.weight
