@@ -65,9 +65,11 @@ def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None
     if call is None:
         _quantize_layers(module, [_Layer("", module, config)])
         return
-    layers = list(_selected(call))
     if isinstance(call["config"], FqnToConfig) and not isinstance(module, nn.Linear):
         return  # a pattern as wide as "re:.*" matches norms and embeddings too
+    layers = list(_selected(call))
+    if all(layer.module is not module for layer in layers):  # a filter that changes its mind
+        layers.append(_Layer("", module, config))
     _quantize_layers(call["model"], layers, call["device"])
 
 

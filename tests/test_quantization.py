@@ -166,6 +166,19 @@ def test_does_the_work_for_each_call_anew():
     assert [round(weight.bits) for _, _, weight in quantized_linears(model)] == [4, 3]
 
 
+def test_a_filter_with_a_memory():
+    model = two_layers()
+    seen: set[str] = set()
+
+    def only_once(module: nn.Module, name: str) -> bool:
+        new = isinstance(module, nn.Linear) and name not in seen
+        seen.add(name)
+        return new
+
+    quantize_(model, GrinqhConfig(bits=3), filter_fn=only_once)
+    assert layers_of(model) == {"0", "1"}
+
+
 def test_device_argument():
     model = two_layers()
     quantize_(model, GrinqhConfig(bits=3), device="cpu")
