@@ -35,7 +35,8 @@ def panel(x: torch.Tensor, left: float, title: str) -> list[str]:
             out.append(
                 f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" '
                 f'stroke="{FAINT}" stroke-dasharray="3 3"/>'
-                f'<text x="{left + width + 4}" y="{y + (10 if level == 2 else 3):.1f}" fill="{FAINT}">{level} bits</text>'
+                f'<text x="{left + width + 4}" y="{y + (10 if level == 2 else 3):.1f}" '
+                f'fill="{FAINT}">{level} bits</text>'
             )
     for k, (value, level) in enumerate(zip(x.tolist(), levels, strict=True)):
         column = left + k * CELL
