@@ -173,7 +173,8 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     for name, module, weight in quantized_linears(model):
         counts = torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device)
         counter = measurement._counters[name] = _Counter(weight, counts)
-        handles.append(module.register_forward_pre_hook(functools.partial(_count, counter)))
+        hook = functools.partial(_count, counter)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     if not handles:
         raise ValueError(f"model={type(model).__name__}: no layer is quantized, nothing to measure")
     try:
@@ -184,8 +185,10 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
             handle.remove()
 
 
-def _count(counter: _Counter, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-    x = args[0]
+def _count(
+    counter: _Counter, module: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> None:
+    x = args[0] if args else kwargs["input"]
     start = counter.weight.first_decoded_row(x, module.bias)
     if start is None:
         return

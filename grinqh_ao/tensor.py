@@ -190,6 +190,8 @@ class GrinqhTensor(TorchAOBaseTensor):
         """``F.linear(x, self, bias)``: x [..., K] -> [..., N] in the dtype of ``x``."""
         if x.shape[-1] != self.shape[1]:
             raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {self.shape[1]}]")
+        if not x.is_floating_point():
+            raise TypeError(f"input of dtype {x.dtype}: expected floating point")
         start = self.first_decoded_row(x, bias)
         if start is None:
             return F.linear(x, self.dequantize(x.dtype), bias)
@@ -218,14 +220,15 @@ class GrinqhTensor(TorchAOBaseTensor):
         return None if _wants_grad(x) or _wants_grad(bias) else first_decoded_row(x)
 
     def _decode_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The decode rule on every row, as one dense product per level, in float32."""
+        """The decode rule on every row, as one dense product per level, in float32 or more."""
         index = level_index(x, self.thresholds)
-        y = x.new_zeros(*x.shape[:-1], self.shape[0], dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = x.new_zeros(*x.shape[:-1], self.shape[0], dtype=dtype)
         for i, level in enumerate(self.levels):
             if level:
-                weight = self.dequantize(torch.float32, level)
-                y += torch.where(index == i, x.float(), 0) @ weight.t()
-        return (y if bias is None else y + bias.float()).to(x.dtype)
+                weight = self.dequantize(dtype, level)
+                y += torch.where(index == i, x, 0).to(dtype) @ weight.t()
+        return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""

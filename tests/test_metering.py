@@ -82,6 +82,12 @@ def test_gradient_passes_do_not_count(model):
     assert not measured.layers
 
 
+def test_inputs_by_keyword(model):
+    with measure(model) as measured:
+        model[0](input=torch.randn(1, 40))
+    assert list(measured.layers) == ["0"]
+
+
 def test_bits_follow_set_bits(model):
     x = torch.distributions.Laplace(0.0, 1.0).sample((200, 1, 40))
     for bits in (1, 3, 5.5, 8):

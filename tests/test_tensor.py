@@ -118,6 +118,11 @@ def test_wrong_input_width(weight):
         F.linear(torch.randn(1, 39), weight)
 
 
+def test_wrong_input_dtype(weight):
+    with pytest.raises(TypeError, match=r"input of dtype torch\.int64: expected floating point"):
+        F.linear(torch.ones(1, 40, dtype=torch.int64), weight)
+
+
 def test_from_hp_says_what_is_wrong():
     with pytest.raises(ValueError, match="bits=9"):
         GrinqhTensor.from_hp(torch.randn(4, 4), bits=9)
