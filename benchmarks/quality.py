@@ -88,7 +88,12 @@ def main() -> None:
     machine = demo.describe_machine()
     print(f"\n{ids.numel()} tokens, decode rule after the first 16 of each 512\n{machine}")
     if arguments.json:
-        report = {"machine": machine, "command": sys.argv, "tokens": ids.numel(), "rows": rows}
+        report = {
+            "machine": machine,
+            "arguments": sys.argv[1:],
+            "tokens": ids.numel(),
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

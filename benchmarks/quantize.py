@@ -1,6 +1,6 @@
 """How long quantizing takes, and how much memory beyond the model itself.
 
-    python benchmarks/quantize.py [--model ...]
+    python benchmarks/quantize.py [--model ...] [--json FILE]
 
 Memory is the resident set of the process, sampled every millisecond while quantizing.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import threading
 import time
+from pathlib import Path
 
 import psutil
 from torch import nn
@@ -22,6 +24,7 @@ from grinqh_ao import GrinqhConfig, demo, summary
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="as for the demo")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, _ = demo.load(arguments.model)
     layers = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
@@ -44,11 +47,18 @@ def main() -> None:
     seconds = time.perf_counter() - started
     done.set()
     thread.join()
+    report = {
+        "machine": demo.describe_machine(),
+        "weights": weights,
+        "seconds": seconds,
+        "million_weights_per_second": weights / seconds / 1e6,
+        "peak_extra_mb": (max(samples) - before) / 1e6,
+        "largest_layer_mb": largest / 1e6,
+    }
     print(summary(model))
-    print(f"{seconds:.2f} s, {weights / seconds / 1e6:.1f} million weights per second")
-    extra = (max(samples) - before) / 1e6
-    print(f"peak extra memory {extra:.0f} MB; the largest layer takes {largest / 1e6:.0f} MB")
-    print(demo.describe_machine())
+    print(json.dumps(report, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ worth at each level is data (``codebook``), so a better codebook needs no new co
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SCALE_GROUP = 64
@@ -30,8 +33,9 @@ _SCALE_FACTORS = (1.0, 1.08)
 _GRID = 1000
 # Gains of the reconstruction points of each level; below 1 because magnitudes bunch near zero.
 _GAIN = {2: 0.85, 4: 0.985, 6: 1.0, 8: 1.0}
-# Layers with no weight above this are stored as zeros, which keeps every scale a normal number.
+# Between these magnitudes every scale is a normal number.
 _TINY = 2.0**-100
+LARGEST = 2.0**100
 _BLOCK_WEIGHTS = {"cpu": 1 << 20}
 _BLOCK_WEIGHTS_DEFAULT = 1 << 24
 
@@ -49,24 +53,30 @@ class Quantized(NamedTuple):
     row_scale: Tensor
 
 
+# Tables are kept as NumPy arrays: a tensor in a cache would carry the default device, or the fake
+# tensor mode, of whoever came first.
 @functools.cache
-def _default_codebook() -> Tensor:
+def _default_codebook() -> NDArray[np.float64]:
     tables = []
     for bits, gain in _GAIN.items():
         steps = 2**bits
-        tables.append(gain * ((2 * torch.arange(steps, dtype=torch.float64) + 1) / steps - 1))
-    return torch.cat(tables).float()
+        tables.append(gain * ((2 * np.arange(steps) + 1) / steps - 1))
+    return np.concatenate(tables)
 
 
 def default_codebook(device: torch.device | str = "cpu") -> Tensor:
     """float32 [4 + 16 + 64 + 256]: the value of every code at levels 2, 4, 6, 8, in [-1, 1]."""
-    return _default_codebook().to(device, copy=True)
+    return torch.from_numpy(_default_codebook().astype(np.float32)).to(device)
 
 
 def level_values(codebook: Tensor, level: int) -> Tensor:
     """The [2**level] values of one level's codes, a view of ``codebook``."""
+    return codebook[_level_slice(level)]
+
+
+def _level_slice(level: int) -> slice:
     start = (2**level - 4) // 3  # 4 + 16 + ... of the levels below
-    return codebook[start : start + 2**level]
+    return slice(start, start + 2**level)
 
 
 def decode_scales(scale_codes: Tensor) -> Tensor:
@@ -84,27 +94,40 @@ def lookup(table: Tensor, codes: Tensor) -> Tensor:
 
 
 @functools.cache
-def _nearest_code_tables(max_level: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _nearest_codes(max_level: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """For every weight on the grid over [-1, 1]: its best code and what that code's errors cost."""
-    grid = torch.linspace(-1, 1, 2 * _GRID + 1, dtype=torch.float64)
-    codes = torch.arange(2**CODE_BITS)
-    cost = torch.zeros(len(grid), len(codes), dtype=torch.float64)
+    grid = np.linspace(-1, 1, 2 * _GRID + 1)
+    codes = np.arange(2**CODE_BITS)
+    cost = np.zeros((len(grid), len(codes)))
     for level, weight in _ERROR_WEIGHT.items():
         if level <= max_level:
-            values = level_values(_default_codebook(), level).double()
+            values = _default_codebook()[_level_slice(level)]
             cost += weight * (grid[:, None] - values[codes >> (CODE_BITS - level)]) ** 2
-    best = cost.min(dim=1)
-    return best.indices.to(device, torch.uint8), best.values.to(device, torch.float32)
+    return cost.argmin(axis=1).astype(np.uint8), cost.min(axis=1).astype(np.float32)
+
+
+def check_values(weight: Tensor) -> None:
+    """Raises ValueError for values that no code expresses. Waits for the device."""
+    if weight.is_meta:
+        raise ValueError("its weight is on the meta device; load its values first")
+    if weight.numel() == 0:
+        return
+    smallest, largest = (bound.item() for bound in torch.aminmax(weight))  # NaN reaches both
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        raise ValueError("its weight has NaN or infinite values")
+    if max(-smallest, largest) > LARGEST:
+        raise ValueError(f"its weight has values beyond {LARGEST:.1e}, the largest supported")
 
 
 def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
     """Quantizes a weight to nested codes ("quantizer A without clipping" of docs/method.md).
 
     Works through the weight in blocks of rows, so the peak extra memory is a small part of one
-    layer. Levels above ``max_level`` have no say in the choice of codes.
+    layer. Levels above ``max_level`` have no say in the choice of codes. A weight with nothing
+    above 2**-100 becomes all zero, and so does a row that is about 2**-70 below the largest.
 
     Args:
-        weight: [N, K], float32, float16 or bfloat16, all finite.
+        weight: [N, K], float32, float16 or bfloat16, that :func:`check_values` accepts.
         max_level: the highest level the codes will be read at: 2, 4, 6 or 8.
     """
     n, k = weight.shape
@@ -119,7 +142,7 @@ def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
     rows = max(1, block // (k * SCALE_GROUP)) * SCALE_GROUP
     row_scale = _row_scales(weight, rows)
     inverse = _reciprocal(row_scale)
-    best_code, cost = _nearest_code_tables(max_level, device)
+    best_code, cost = (torch.from_numpy(t).to(device) for t in _nearest_codes(max_level))
 
     for start in range(0, n, rows):
         stop = min(start + rows, n)

@@ -14,7 +14,7 @@ from grinqh_ao.grading import ALL_LEVELS, check_bits, check_levels
 HEAD_NAMES = ("lm_head", "embed_out")
 
 
-@dataclass(frozen=True)
+@dataclass
 class GrinqhConfig(AOBaseConfig):
     """Quantizes linear layers to nested codes that are read at a level chosen per token.
 
@@ -38,9 +38,12 @@ class GrinqhConfig(AOBaseConfig):
     head_bits: float | None = 6.0
 
     def __post_init__(self) -> None:
-        levels = check_levels(self.levels)
-        object.__setattr__(self, "levels", list(levels))  # TorchAO's JSON knows no tuples
-        check_bits(self.bits, levels)
+        self.check()
+        self.levels = list(self.levels)  # TorchAO's JSON knows no tuples
+
+    def check(self) -> None:
+        """Raises ValueError if a field is out of range."""
+        check_bits(self.bits, check_levels(self.levels))
         if self.head_bits is not None:
             check_bits(self.head_bits, ALL_LEVELS, name="head_bits")
 

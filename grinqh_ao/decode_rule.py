@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 _dense_prefix: ContextVar[int | None] = ContextVar("grinqh_dense_prefix", default=None)
@@ -21,6 +22,8 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
     """Applies the decode rule to every row of every quantized linear, in this thread.
 
     The results are those of token-by-token decoding after a prompt of ``dense_prefix`` tokens.
+    While it is active, compiled functions run eagerly, in all threads: compiled graphs do not
+    know of the switch.
 
     Args:
         dense_prefix: rows at the start of each sequence (dimension -2 of the inputs) that take
@@ -33,7 +36,8 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
         raise ValueError(f"dense_prefix={dense_prefix!r}: expected a whole number, 0 or more")
     token = _dense_prefix.set(dense_prefix)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         _dense_prefix.reset(token)
 

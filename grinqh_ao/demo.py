@@ -25,12 +25,13 @@ import torch
 import torchao
 import transformers
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torchao.quantization import quantize_
 
 import grinqh_ao
 from grinqh_ao import GrinqhConfig, measure, set_bits, summary
 from grinqh_ao.evaluation import quality, reference
+from grinqh_ao.model import quantized_linears
 
 PROMPT = "Explain in two sentences why the sky is blue."
 SEQUENCE = 512
@@ -41,90 +42,106 @@ class Row:
     """One line of the table: a model, what it reads, how fast it is, how good it is."""
 
     model: str
-    bits_asked: float | None
-    bits_read: float | None
-    head_bits_read: float | None
-    mb_read_per_token: float
     stored_mb: float
-    tokens_per_second: float
     kl: float
     perplexity: float
+    bits_asked: float | None = None
+    bits_read: float | None = None
+    head_bits_read: float | None = None
+    all_bits_read: float | None = None
+    mb_read_per_token: float | None = None
+    tokens_per_second: float | None = None
+
+
+# Columns of the printed table: field, header, format.
+COLUMNS = (
+    ("model", "model", ""),
+    ("bits_asked", "bits asked", "g"),
+    ("bits_read", "bits read", ".2f"),
+    ("head_bits_read", "read, head", ".2f"),
+    ("all_bits_read", "read, all", ".2f"),
+    ("mb_read_per_token", "MB/token", ".1f"),
+    ("stored_mb", "stored MB", ".1f"),
+    ("tokens_per_second", "tokens/s", ".2f"),
+    ("kl", "mean KL", ".4f"),
+    ("perplexity", "perplexity", ".2f"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "transformers", "torchao"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     rows = run(arguments)
     machine = describe_machine()
-    headers = {
-        "model": "model",
-        "bits_asked": "bits asked",
-        "bits_read": "bits read",
-        "head_bits_read": "bits read, head",
-        "mb_read_per_token": "MB/token",
-        "stored_mb": "stored MB",
-        "tokens_per_second": "tokens/s",
-        "kl": "mean KL",
-        "perplexity": "perplexity",
-    }
-    formats = ("", ".2f", ".2f", ".2f", ".1f", ".1f", ".2f", ".4f", ".2f")
-    print()
-    print(tabulate([asdict(row) for row in rows], headers, tablefmt="github", floatfmt=formats))
+    cells = [[getattr(row, field) for field, _, _ in COLUMNS] for row in rows]
+    headers = [header for _, header, _ in COLUMNS]
+    print(tabulate(cells, headers, "github", floatfmt=[form for _, _, form in COLUMNS]))
     print(f"\n{machine}")
     if arguments.json:
-        report = {"machine": machine, "command": sys.argv[1:], "rows": [asdict(r) for r in rows]}
+        report = {"machine": machine, "arguments": list(argv), "rows": [asdict(r) for r in rows]}
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Everything but the printing of the table."""
+    """Everything but the table."""
     model, tokenizer = load(arguments.model)
     name = Path(arguments.model).name if arguments.model else "SmolLM2-135M-Instruct"
+    name += f", {str(model.dtype).removeprefix('torch.')}"
     inputs = _prompt(tokenizer, arguments.prompt).to(model.device)
     ids = token_rows(tokenizer, english_prose(), arguments.tokens).to(model.device)
-    new_tokens = arguments.new_tokens
 
-    dtype = str(model.dtype).removeprefix("torch.")
-    stored = summary(model).dense_bytes / 1e6
-    dense_read = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)) / 1e6
-    text, speed = _generate(model, tokenizer, inputs, new_tokens)
-    print(f"\n{name}, {dtype}:\n{text}\n")
+    text, speed = _generate(model, tokenizer, inputs, arguments.new_tokens)
+    print(f"\n{name}:\n{text}\n")
     full = reference(model, ids)
     base = quality(model, full, decode_rule=False)
-    rows = [
-        Row(f"{name}, {dtype}", None, None, None, dense_read, stored, speed, 0.0, base.perplexity)
-    ]
 
     started = time.perf_counter()
     quantize_(model, GrinqhConfig(bits=3))
-    print(f"quantized in {time.perf_counter() - started:.1f} s")
+    seconds = time.perf_counter() - started
+    layers = [weight for _, _, weight in quantized_linears(model)]
+    if not layers:
+        raise SystemExit(f"{name} has no nn.Linear layer that could be quantized")
+    print(f"quantized in {seconds:.1f} s")
+    sizes = summary(model)
+    stored = sizes.stored_bytes / 1e6
     prefill = quality(model, full, decode_rule=False)
+    rows = [
+        Row(
+            model=name,
+            stored_mb=sizes.dense_bytes / 1e6,
+            kl=base.kl,
+            perplexity=base.perplexity,
+            mb_read_per_token=sum(w.numel() * w.dtype.itemsize for w in layers) / 1e6,
+            tokens_per_second=speed,
+        ),
+        Row("GRINQH, prefill", stored_mb=stored, kl=prefill.kl, perplexity=prefill.perplexity),
+    ]
     for bits in arguments.bits:
         set_bits(model, bits)
-        text, speed = _generate(model, tokenizer, inputs, new_tokens)
+        text, speed = _generate(model, tokenizer, inputs, arguments.new_tokens)
         print(f"\nGRINQH, bits={bits:g}:\n{text}")
         with measure(model) as measured:
             found = quality(model, full)
-        heads = [r.bits for n, r in measured.layers.items() if n in summary(model).heads]
         rows.append(
             Row(
                 model=f"GRINQH, bits={bits:g}",
-                bits_asked=bits,
-                bits_read=measured.body.bits,
-                head_bits_read=heads[0] if heads else None,
-                mb_read_per_token=measured.total.bytes_per_token_with_scales / 1e6,
-                stored_mb=summary(model).stored_bytes / 1e6,
-                tokens_per_second=speed,
+                stored_mb=stored,
                 kl=found.kl,
                 perplexity=found.perplexity,
+                bits_asked=bits,
+                bits_read=measured.body.bits if measured.body else None,
+                head_bits_read=measured.head.bits if measured.head else None,
+                all_bits_read=measured.total.bits,
+                mb_read_per_token=measured.total.bytes_per_token_with_scales / 1e6,
+                tokens_per_second=speed,
             )
         )
     print(
-        f"\nMean KL and perplexity: {prefill.positions} tokens of CPython's documentation, the "
-        "decode rule on every token after the first 16 of each 512.\n"
-        f"Prefill, on its dense path: KL {prefill.kl:.4f}, perplexity {prefill.perplexity:.2f}."
+        f"\nKL and perplexity: {base.positions} tokens of CPython's documentation, in sequences of "
+        f"{ids.shape[1]} without their first 16; the decode rule on every token, but for prefill.\n"
     )
     return rows
 
@@ -212,10 +229,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prompt(tokenizer: Any, prompt: str) -> Any:
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(prompt, return_tensors="pt")
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
 
 
 def _generate(model: Any, tokenizer: Any, inputs: Any, new_tokens: int) -> tuple[str, float]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 ALL_LEVELS = (0, 2, 4, 6, 8)
 
-# Normalised error of a weight read at each level, measured on random normal and SmolLM2 weights
-# (design notes, quantizer A); only the ratios of thresholds follow from it, and they are forgiving.
+# Squared error of a weight read at each level over its square, for random normal weights. Only
+# the ratios of thresholds follow from it, and they are forgiving.
 _RELATIVE_ERROR = {0: 1.0, 2: 0.142, 4: 0.0098, 6: 0.00067, 8: 0.000057}
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -42,7 +42,7 @@ def expected_bits(lowest_threshold: float, levels: tuple[int, ...]) -> float:
     """Average bits per weight when the lowest threshold is this many times the token's mean |x|.
 
     Activations are taken as Laplace, for which |x| / mean|x| is exponential: a share exp(-t) of
-    the channels lies above t. It reproduces the constants measured on SmolLM2 (docs/method.md).
+    the channels lies above t. docs/method.md shows how well that is met on a real model.
     """
     bits = float(levels[0])
     for (a, b), ratio in zip(itertools.pairwise(levels), threshold_ratios(levels), strict=True):
@@ -57,7 +57,7 @@ def relative_thresholds(bits: float, levels: tuple[int, ...]) -> Tensor:
         ValueError: ``bits`` is not a number the levels can average to.
     """
     check_bits(bits, levels)
-    thresholds = torch.zeros(2, len(levels) - 1)
+    thresholds = torch.zeros(2, len(levels) - 1, dtype=torch.float32, device="cpu")
     if bits == levels[0]:
         thresholds[1] = _FLOAT32_MAX
     elif len(levels) > 1:
@@ -69,7 +69,8 @@ def relative_thresholds(bits: float, levels: tuple[int, ...]) -> Tensor:
             low, high = (middle, high) if expected_bits(middle, levels) > bits else (low, middle)
         # Exact at the top, where every non-zero activation is to be read at the highest level.
         lowest = 0.0 if bits == levels[-1] else high
-        thresholds[1] = lowest * torch.tensor(threshold_ratios(levels))
+        for j, ratio in enumerate(threshold_ratios(levels)):
+            thresholds[1, j] = lowest * ratio
     return thresholds
 
 

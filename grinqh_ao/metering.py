@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.decode_rule import first_decoded_row
 from grinqh_ao.grading import level_index
 from grinqh_ao.model import quantized_linears
 from grinqh_ao.tensor import GrinqhTensor
@@ -66,26 +67,41 @@ class Reading:
 class _Counter:
     """Channels seen at each level in one layer; kept on the device, so that nothing waits."""
 
-    weight: GrinqhTensor
     counts: Tensor
+    levels: tuple[int, ...]
+    shape: tuple[int, int]
+    padded_outputs: int
+    bytes_per_call: int
+    stored_bytes: int
+    is_head: bool
     tokens: int = 0
+    tokens_with_gradient: int = 0
+
+    @classmethod
+    def of(cls, weight: GrinqhTensor) -> _Counter:
+        return cls(
+            counts=torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device),
+            levels=weight.levels,
+            shape=(weight.shape[0], weight.shape[1]),
+            padded_outputs=weight.slices.shape[1] * weight.tile,
+            bytes_per_call=weight.row_scale.nbytes + weight.thresholds.nbytes,
+            stored_bytes=weight.stored_bytes,
+            is_head=weight.min_bits > 0,
+        )
 
     def reading(self) -> Reading:
-        weight = self.weight
-        n, k = weight.shape
+        n, k = self.shape
         per_token = [count / self.tokens for count in self.counts.tolist()]
-        channels = dict(zip(weight.levels, per_token, strict=True))
-        padded = weight.slices.shape[1] * weight.tile
+        channels = dict(zip(self.levels, per_token, strict=True))
         active = sum(count for level, count in channels.items() if level)
         bits = sum(level * count for level, count in channels.items())
-        once = weight.row_scale.nbytes + weight.thresholds.nbytes
         return Reading(
             weights=n * k,
             code_bits=bits * n,
-            scale_bits=8 * (active * padded / SCALE_GROUP + once),
-            padding_bits=bits * (padded - n),
+            scale_bits=8 * (active * self.padded_outputs / SCALE_GROUP + self.bytes_per_call),
+            padding_bits=bits * (self.padded_outputs - n),
             shares={level: count / k for level, count in channels.items()},
-            stored_bytes=weight.stored_bytes,
+            stored_bytes=self.stored_bytes,
         )
 
 
@@ -101,20 +117,37 @@ class Measurement:
         return {name: c.reading() for name, c in self._counters.items() if c.tokens}
 
     @property
-    def body(self) -> Reading:
-        """All layers but output heads: those whose average ``bits`` sets."""
-        return self._sum(lambda weight: not weight.min_bits)
+    def body(self) -> Reading | None:
+        """All layers but output heads: those whose average ``bits`` sets. None if there is none."""
+        return self._sum([name for name, c in self._counters.items() if not c.is_head])
+
+    @property
+    def head(self) -> Reading | None:
+        """Output heads, which read at least ``GrinqhConfig.head_bits``. None if there is none."""
+        return self._sum([name for name, c in self._counters.items() if c.is_head])
 
     @property
     def total(self) -> Reading:
-        """All quantized layers."""
-        return self._sum(lambda weight: True)
+        """All quantized layers.
 
-    def _sum(self, wanted: Callable[[GrinqhTensor], bool]) -> Reading:
+        Raises:
+            ValueError: nothing was decoded.
+        """
+        total = self._sum(list(self._counters))
+        if total is None:
+            wanted = sum(c.tokens_with_gradient for c in self._counters.values())
+            why = "rows that want gradients take the dense path, use torch.no_grad()"
+            raise ValueError(
+                "nothing was decoded while measuring: "
+                + (why if wanted else "no quantized layer saw a single row")
+            )
+        return total
+
+    def _sum(self, names: list[str]) -> Reading | None:
         layers = self.layers
-        readings = [r for name, r in layers.items() if wanted(self._counters[name].weight)]
+        readings = [layers[name] for name in names if name in layers]
         if not readings:
-            raise ValueError("nothing was decoded while measuring: no quantized layer saw one row")
+            return None
         weights = sum(r.weights for r in readings)
         levels = sorted({level for r in readings for level in r.shares})
         return Reading(
@@ -162,8 +195,9 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     ...     model.generate(**inputs, max_new_tokens=64)
     >>> print(measured.total.bits, measured.total.bytes_per_token_with_scales)
 
-    Counts the rows that are decoded, not prompts. While it is active, compiled models run
-    eagerly, because compiled graphs do not run hooks; afterwards nothing of it remains.
+    Counts the rows that are decoded: not prompts, and not rows that want gradients. While it is
+    active, compiled models run eagerly, because compiled graphs do not run hooks; afterwards
+    nothing of it remains.
 
     Raises:
         ValueError: nothing in ``model`` is quantized.
@@ -171,8 +205,7 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     measurement = Measurement()
     handles = []
     for name, module, weight in quantized_linears(model):
-        counts = torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device)
-        counter = measurement._counters[name] = _Counter(weight, counts)
+        counter = measurement._counters[name] = _Counter.of(weight)
         hook = functools.partial(_count, counter)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     if not handles:
@@ -188,11 +221,14 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
 def _count(
     counter: _Counter, module: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
 ) -> None:
-    x = args[0] if args else kwargs["input"]
-    start = counter.weight.first_decoded_row(x, module.bias)
+    x, weight = args[0] if args else kwargs["input"], module.weight
+    assert isinstance(weight, GrinqhTensor)
+    start = weight.first_decoded_row(x, module.bias)
     if start is None:
+        if first_decoded_row(x) is not None:
+            counter.tokens_with_gradient += 1
         return
     rows = (x[..., start:, :] if x.dim() > 1 else x).detach()
-    index = level_index(rows, counter.weight.thresholds)
+    index = level_index(rows, weight.thresholds)
     counter.counts += torch.bincount(index.flatten(), minlength=len(counter.counts))
     counter.tokens += rows.numel() // rows.shape[-1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,8 @@ def set_bits(model: nn.Module, bits: float) -> None:
     """Sets the average number of weight bits read per token, in place.
 
     Takes effect from the next decode step on: nothing is requantized and nothing recompiles.
-    A layer with a floor of its own (an output head, see ``GrinqhConfig.head_bits``) keeps it.
+    An output head keeps its floor (``GrinqhConfig.head_bits``). Inputs that want gradients take
+    the dense path whatever the bits: decode under ``torch.no_grad()``, as ``generate()`` does.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -51,21 +53,22 @@ class Summary:
     """How much of a model is quantized, and what is not. ``print`` it.
 
     Attributes:
-        quantized: names of the quantized linear layers.
-        heads: those of them that read more than ``bits`` says, with what they read.
-        dense: names of the linear layers that are not quantized.
-        tied: groups of module names that share one quantized weight.
-        bits: average bits per weight aimed at by the layers that are not heads (nan: none is).
-        weights: number of weights in quantized linear layers.
-        all_weights: number of weights in all linear layers.
+        quantized: names of the modules with a quantized weight.
+        heads: output heads among them, with the average bits they aim at.
+        tied: groups of modules that share one quantized weight.
+        dense: names of the weights with two or more dimensions that are not quantized, with the
+            type of their module. Linear layers that were not selected are here too.
+        bits: average bits per weight that all layers but heads aim at; nan if there is none.
+        weights: number of quantized weights.
+        all_weights: number of weights with two or more dimensions.
         stored_bytes: of the whole model, as it is now.
         dense_bytes: of the whole model, had nothing been quantized.
     """
 
     quantized: list[str]
     heads: dict[str, float]
-    dense: list[str]
     tied: list[list[str]]
+    dense: dict[str, str]
     bits: float
     weights: int
     all_weights: int
@@ -73,61 +76,54 @@ class Summary:
     dense_bytes: int
 
     def __str__(self) -> str:
-        linears = len(self.quantized) + len(self.dense)
         lines = [
-            f"GRINQH: {len(self.quantized)} of {linears} linear layers quantized, "
-            f"{self.weights / 1e6:.1f}M of {self.all_weights / 1e6:.1f}M weights",
+            f"GRINQH: {self.weights / 1e6:.1f}M of {self.all_weights / 1e6:.1f}M weights "
+            f"quantized, in {len(self.quantized)} modules",
             f"  stored: {self.stored_bytes / 1e6:.1f} MB, was {self.dense_bytes / 1e6:.1f} MB",
         ]
-        if len(self.quantized) > len(self.heads):
+        if not math.isnan(self.bits):
             lines.append(f"  bits read per weight and token: {self.bits:.2f}")
         lines += [f"  output head {name}: {bits:.2f} bits" for name, bits in self.heads.items()]
         lines += [f"  tied, one quantized weight: {' = '.join(names)}" for names in self.tied]
-        if self.dense:
-            shown = ", ".join(self.dense[:8]) + (", ..." if len(self.dense) > 8 else "")
-            lines.append(f"  left dense: {shown}")
+        lines += [f"  left dense: {line}" for line in self.dense_by_type()]
         return "\n".join(lines)
+
+    def dense_by_type(self, but: Collection[str] = ()) -> list[str]:
+        """A line for every type of module with dense weights, except the types in ``but``."""
+        names_of: dict[str, list[str]] = {}
+        for name, kind in self.dense.items():
+            if kind not in but:
+                names_of.setdefault(kind, []).append(name)
+        return [
+            f"{len(names)} in {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+            for kind, names in names_of.items()
+        ]
 
 
 def summary(model: nn.Module) -> Summary:
     """Says how much of ``model`` is quantized and what is not. Waits for the device."""
-    quantized, heads, dense = [], {}, []
-    weights = dense_weights = 0
-    bits_times_weights, body_weights = 0.0, 0
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if not isinstance(module, nn.Linear) or weight is None:
-            continue
-        if not isinstance(weight, GrinqhTensor):
-            dense.append(name)
-            dense_weights += weight.numel()
-            continue
-        quantized.append(name)
-        weights += weight.numel()
-        if weight.min_bits:
-            heads[name] = weight.bits
-        else:
-            bits_times_weights += weight.bits * weight.numel()
-            body_weights += weight.numel()
-
-    names_of: dict[torch.Tensor, list[str]] = {}  # tensors hash by identity
-    for name, tensor in _parameters_and_buffers(model):
-        names_of.setdefault(tensor, []).append(name.removesuffix(".weight"))
-    nested = [t for t in names_of if isinstance(t, GrinqhTensor)]
-    plain = sum(t.nbytes for t in names_of if not isinstance(t, GrinqhTensor))
+    holders: dict[torch.Tensor, list[str]] = {}  # tensors hash by identity
+    kinds: dict[torch.Tensor, str] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
+            kinds.setdefault(parameter, type(module).__name__)
+    nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}
+    dense = {t: names for t, names in holders.items() if t not in nested and t.dim() >= 2}
+    body = [t for t in nested if not t.min_bits]
+    plain = [t for t in holders if t not in nested]
+    plain += set(model.buffers())
+    weights = sum(t.numel() for t in nested)
+    body_weights = sum(t.numel() for t in body)
     return Summary(
-        quantized=quantized,
-        heads=heads,
-        dense=dense,
-        tied=[names_of[t] for t in nested if len(names_of[t]) > 1],
-        bits=bits_times_weights / body_weights if body_weights else float("nan"),
+        quantized=[name for names in nested.values() for name in names],
+        heads={names[-1]: t.bits for t, names in nested.items() if t.min_bits},
+        tied=[names for names in nested.values() if len(names) > 1],
+        dense={names[0]: kinds[t] for t, names in dense.items()},
+        bits=sum(t.bits * t.numel() for t in body) / body_weights if body else math.nan,
         weights=weights,
-        all_weights=weights + dense_weights,
-        stored_bytes=plain + sum(t.stored_bytes for t in nested),
-        dense_bytes=plain + sum(t.numel() * t.dtype.itemsize for t in nested),
+        all_weights=weights + sum(t.numel() for t in dense),
+        stored_bytes=sum(t.nbytes for t in plain) + sum(t.stored_bytes for t in nested),
+        dense_bytes=sum(t.nbytes for t in plain)
+        + sum(t.numel() * t.dtype.itemsize for t in nested),
     )
-
-
-def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)

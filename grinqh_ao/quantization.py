@@ -1,4 +1,4 @@
-"""Quantizing a model: which layers, checked before any is changed; then one layer at a time.
+"""A ``quantize_`` call: all its layers checked before one is changed; then one layer at a time.
 
 TorchAO hands a config's handler one module at a time, without its name and without the model.
 Neither a useful error, nor "checked before any is changed", nor tied weights can be done with
@@ -8,48 +8,28 @@ work when the first module arrives. For the modules that follow nothing is left 
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
-import re
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torchao.quantization import FqnToConfig, quantize_
 from tqdm import tqdm
 
+from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
 from grinqh_ao.model import summary
+from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
 from grinqh_ao.tensor import SUPPORTED_DTYPES, GrinqhTensor
+from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
 
 logger = logging.getLogger("grinqh_ao")
 
-# Why a layer was left dense, so that it is said once.
-_reported: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# A weight that is also an embedding's needs a highest level of at least this many bits.
+_LOWEST_EMBEDDING_LEVEL = 6
 
-
-# For every parameter, the (name, module) of all modules that hold it. Tensors hash by identity.
-Owners = dict[Tensor, list[tuple[str, nn.Module]]]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A module that ``quantize_`` selected."""
-
-    name: str
-    module: nn.Module
-    config: GrinqhConfig
-
-    @property
-    def weight(self) -> Tensor | None:
-        return self.module._parameters.get("weight")
-
-    def __str__(self) -> str:
-        return self.name or f"{type(self.module).__name__}({self.module.extra_repr()})"
+# Layers left dense, with the call that decided so: TorchAO will still hand them over, once.
+_left_dense: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None:
@@ -59,128 +39,90 @@ def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None
         TypeError: the filter selected something that is no linear layer.
         ValueError: a weight is not finite or has no data; nothing has been changed.
     """
-    if isinstance(module._parameters.get("weight"), GrinqhTensor) or parameter_name != "weight":
+    if isinstance(module._parameters.get(parameter_name), GrinqhTensor):
         return
-    call = _enclosing_quantize_call()
-    if call is None:
-        _quantize_layers(module, [_Layer("", module, config)])
+    call = enclosing_call(config) or QuantizeCall(module, config, None)
+    if call.by_name and (parameter_name != "weight" or not isinstance(module, nn.Linear)):
+        _say_what_cannot_be_served(call, module, parameter_name)
         return
-    if isinstance(call["config"], FqnToConfig) and not isinstance(module, nn.Linear):
-        return  # a pattern as wide as "re:.*" matches norms and embeddings too
-    layers = list(_selected(call))
-    if all(layer.module is not module for layer in layers):  # a filter that changes its mind
-        layers.append(_Layer("", module, config))
-    _quantize_layers(call["model"], layers, call["device"])
-
-
-def _enclosing_quantize_call() -> dict[str, Any] | None:
-    """The arguments of the ``quantize_`` call we are in: model, config, filter_fn, device."""
-    code = inspect.unwrap(quantize_).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals
-
-
-def _selected(call: dict[str, Any]) -> Iterator[_Layer]:
-    """The modules that a ``quantize_`` call gives to a GrinqhConfig, with their names."""
-    model, config, filter_fn = call["model"], call["config"], call["filter_fn"]
-    if isinstance(config, FqnToConfig):
-        for name, module in model.named_modules():
-            layer_config = _config_for(config, name)
-            if isinstance(module, nn.Linear) and isinstance(layer_config, GrinqhConfig):
-                yield _Layer(name, module, layer_config)
+    if _left_dense.pop(module, None) == call.key:
         return
-
-    def walk(module: nn.Module, name: str) -> Iterator[_Layer]:
-        if filter_fn(module, name):
-            yield _Layer(name, module, config)
-        else:  # as TorchAO, which does not look inside what it selects
-            for child_name, child in module.named_children():
-                yield from walk(child, f"{name}.{child_name}" if name else child_name)
-
-    yield from {layer.module: layer for layer in walk(model, "")}.values()
+    if all(
+        layer.module is not module for layer in call.layers
+    ):  # called by hand, or by a filter with a memory
+        call.layers.append(Layer("", module, config))
+    _quantize(call)
+    _left_dense.pop(module, None)
 
 
-def _config_for(config: FqnToConfig, name: str) -> Any:
-    """What FqnToConfig asks for the weight of a linear layer, in its documented precedence."""
-    table = config.fqn_to_config
-    names = (f"{name}.weight" if name else "weight", name)
-    for exact in names:
-        if exact in table:
-            return table[exact]
-    for candidate in names:
-        for pattern, value in table.items():
-            if pattern.startswith("re:") and re.fullmatch(pattern[3:], candidate):
-                return value
-    return table.get("_default")
-
-
-def _quantize_layers(
-    model: nn.Module, layers: list[_Layer], device: torch.device | str | None = None
-) -> None:
-    owners = _owners_of_weights(model)
-    todo = [layer for layer in layers if _is_to_be_quantized(model, layer, owners)]
-    for layer in todo:
-        _check_values(layer)
-    heads = {layer.module for layer in todo if _is_head(model, layer, owners)}
-
-    with tqdm(todo, desc="quantizing", unit="layer", disable=None) as progress:
-        for layer in progress:
-            weight, config = layer.weight, layer.config
-            if weight is None or isinstance(weight, GrinqhTensor):  # tied to one done before
-                continue
-            holders = owners.pop(weight)  # pop: lets go of the dense weight
-            min_bits = 0.0
-            if layer.module in heads and config.head_bits is not None:
-                min_bits = float(min(config.head_bits, config.levels[-1]))
-            dense = weight.to(device or weight.device)
-            nested = GrinqhTensor.from_hp(dense, config.bits, config.levels, min_bits)
-            parameter = nn.Parameter(nested, requires_grad=False)
-            for _, holder in holders:  # tied modules stay tied
-                holder.weight = parameter
-                if isinstance(holder, nn.Linear):
-                    holder.extra_repr = functools.partial(_extra_repr, holder)  # type: ignore[method-assign]
-    if todo:
-        logger.info("%s", summary(model))
-
-
-def _extra_repr(module: nn.Linear) -> str:
-    weight = module.weight
-    added = f", grinqh: {weight._quantization_type()}" if isinstance(weight, GrinqhTensor) else ""
-    return f"{type(module).extra_repr(module)}{added}"
-
-
-def _owners_of_weights(model: nn.Module) -> Owners:
-    owners: Owners = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(parameter, []).append((name, module))
-    return owners
-
-
-def _is_to_be_quantized(model: nn.Module, layer: _Layer, owners: Owners) -> bool:
-    """Says once in the log why a layer is left dense."""
-    if not isinstance(layer.module, nn.Linear):
-        raise TypeError(
-            f"{layer.name or 'the model'}: filter_fn selected a {type(layer.module).__name__}; "
-            "GrinqhConfig quantizes nn.Linear layers"
+def _quantize(call: QuantizeCall) -> None:
+    owners = owners_of_parameters(call.model)
+    todo = []
+    for layer in call.layers:
+        layer.config.check()
+        if not isinstance(layer.module, nn.Linear):
+            raise TypeError(
+                f"{layer}: filter_fn selected a {type(layer.module).__name__}; "
+                "GrinqhConfig quantizes nn.Linear layers"
+            )
+        if not isinstance(layer.weight, GrinqhTensor):
+            todo.append(layer)
+    heads = {layer.module for layer in todo if _is_head(call.model, layer, owners)}
+    reasons = {layer: _why_dense(layer, layer.module in heads, owners) for layer in todo}
+    todo = [layer for layer in todo if not reasons[layer]]
+    for layer in held_elsewhere(todo, owners):
+        reasons[layer] = (
+            "it shares its weight with a module outside of what is being quantized; "
+            "give quantize_ the whole model"
         )
-    if isinstance(layer.weight, GrinqhTensor):
-        return False
-    reason, level = _why_not(layer.module, owners), logging.WARNING
-    if not reason and layer.config.head_bits is None and _is_head(model, layer, owners):
-        reason, level = "it is the output head and head_bits is None", logging.INFO
-    if reason and _reported.get(layer.module) != reason:
-        _reported[layer.module] = reason
-        logger.log(level, "%s is left dense: %s", layer, reason)
-    return not reason
+    todo = [layer for layer in todo if not reasons[layer]]
+    for layer in todo:
+        try:
+            check_values(cast(Tensor, layer.weight))
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}; nothing was quantized") from None
+
+    # Nothing has been changed up to here.
+    for layer, reason in reasons.items():
+        if reason:
+            _left_dense[layer.module] = call.key
+            logger.warning("%s is left dense: %s", layer, reason)
+    with tqdm(todo, desc="quantizing", unit="layer", disable=None) as progress:
+        for done, layer in enumerate(progress):
+            try:
+                _quantize_layer(layer, layer.module in heads, owners, call.device)
+            except BaseException as error:
+                error.add_note(
+                    f"while quantizing {layer}; {done} of {len(todo)} layers are quantized and "
+                    "the others unchanged: call quantize_ again to go on"
+                )
+                raise
+    if todo:
+        after = summary(call.model)
+        for line in after.dense_by_type(but=("Linear", "Embedding")):
+            logger.warning("GrinqhConfig quantizes nn.Linear layers; left dense: %s", line)
+        logger.info("%s", after)
 
 
-def _why_not(module: nn.Module, owners: Owners) -> str:
-    """Why a linear layer cannot be quantized; empty if it can."""
-    weight = module._parameters.get("weight")
+def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) -> None:
+    weight, config = layer.weight, layer.config
+    if weight is None or isinstance(weight, GrinqhTensor):  # tied to one done before
+        return
+    min_bits = 0.0
+    if is_head and config.head_bits is not None:
+        min_bits = float(min(config.head_bits, config.levels[-1]))
+    dense = weight.to(device or weight.device)
+    nested = GrinqhTensor.from_hp(dense, config.bits, config.levels, min_bits)
+    parameter = nn.Parameter(nested, requires_grad=False)
+    for _, holder in owners.pop(weight):  # pop: lets go of the dense weight
+        holder.weight = parameter  # tied modules stay tied
+        if isinstance(holder, nn.Linear):
+            holder.extra_repr = _ExtraRepr(holder)  # type: ignore[method-assign]
+
+
+def _why_dense(layer: Layer, is_head: bool, owners: Owners) -> str:
+    """Why a linear layer is not quantized; empty if it is."""
+    weight = layer.weight
     if weight is None:
         return "its weight is not a plain parameter"
     if type(weight) not in (Tensor, nn.Parameter):
@@ -189,30 +131,56 @@ def _why_not(module: nn.Module, owners: Owners) -> str:
         return f"its weight has dtype {weight.dtype}"
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}"
+    if is_head and layer.config.head_bits is None:
+        return "it is the output head, and head_bits is None"
     for name, owner in owners[weight]:
-        plain_embedding = isinstance(owner, nn.Embedding) and owner.max_norm is None
-        if not isinstance(owner, nn.Linear) and not plain_embedding:
+        if isinstance(owner, nn.Embedding):
+            if owner.max_norm is not None:
+                return f"it shares its weight with {name}, an embedding that changes it (max_norm)"
+            if layer.config.levels[-1] < _LOWEST_EMBEDDING_LEVEL:
+                return f"it shares its weight with {name}, an embedding: too coarse for it"
+        elif not isinstance(owner, nn.Linear):
             return f"it shares its weight with {name}, a {type(owner).__name__}"
     return ""
 
 
-def _is_head(model: nn.Module, layer: _Layer, owners: Owners) -> bool:
+def _is_head(model: nn.Module, layer: Layer, owners: Owners) -> bool:
     """Whether a layer turns hidden states into logits."""
     if layer.name.rpartition(".")[2] in HEAD_NAMES:
         return True
     find = cast(Any, getattr(model, "get_output_embeddings", None))  # transformers
     if find and find() is layer.module:
         return True
-    holders = owners[layer.weight] if layer.weight is not None else []
+    holders = owners.get(layer.weight, []) if layer.weight is not None else []
     return any(isinstance(owner, nn.Embedding) for _, owner in holders)
 
 
-def _check_values(layer: _Layer) -> None:
-    weight = layer.weight
-    if weight is None:
-        return
-    if weight.is_meta:
-        raise ValueError(f"{layer}: its weight is on the meta device; load its values first")
-    smallest, largest = torch.aminmax(weight.detach())  # NaN reaches both
-    if not (torch.isfinite(smallest) and torch.isfinite(largest)):
-        raise ValueError(f"{layer}: its weight has NaN or infinite values; nothing was quantized")
+def _say_what_cannot_be_served(call: QuantizeCall, module: nn.Module, parameter_name: str) -> None:
+    """A pattern as wide as "re:.*" reaches norms and biases too, but a name is meant."""
+    name = next((n for n, m in call.model.named_modules() if m is module), "")
+    parameter = f"{name}.{parameter_name}" if name else parameter_name
+    if call.names(parameter) or (parameter_name == "weight" and call.names(name)):
+        logger.warning(
+            "%s is left dense: GrinqhConfig quantizes the weights of nn.Linear layers, this is in "
+            "a %s",
+            parameter,
+            type(module).__name__,
+        )
+
+
+class _ExtraRepr:
+    """What ``print(model)`` says of a quantized layer. Holds the layer weakly: no cycles."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> str:
+        module = cast(nn.Linear, self._module())
+        weight: Tensor = module.weight
+        added = (
+            f", grinqh: {weight._quantization_type()}" if isinstance(weight, GrinqhTensor) else ""
+        )
+        return f"{type(module).extra_repr(module)}{added}"
+
+    def __reduce__(self) -> tuple[Callable[..., _ExtraRepr], tuple[nn.Module | None]]:
+        return _ExtraRepr, (self._module(),)

@@ -14,6 +14,7 @@ from torchao.utils import TorchAOBaseTensor
 from grinqh_ao import ops
 from grinqh_ao.codec import (
     SCALE_GROUP,
+    check_values,
     decode_scales,
     default_codebook,
     level_values,
@@ -121,7 +122,8 @@ class GrinqhTensor(TorchAOBaseTensor):
             min_bits: raises ``bits``, now and in :meth:`set_bits`; at most the highest level.
 
         Raises:
-            ValueError: ``bits`` or ``levels`` out of range, or ``weight`` not 2-D.
+            ValueError: ``bits`` or ``levels`` out of range; ``weight`` not 2-D, not finite, without
+                data (meta), or with values beyond 1.3e30.
             TypeError: ``weight`` has another dtype.
         """
         levels = check_levels(levels)
@@ -132,6 +134,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         if weight.dtype not in SUPPORTED_DTYPES:
             raise TypeError(f"weight of dtype {weight.dtype}: expected one of {SUPPORTED_DTYPES}")
         weight = weight.detach()
+        check_values(weight)
         n, k = weight.shape
         tile = tile_width(n)
         codes, scale_codes, row_scale = quantize(weight, max_level=levels[-1])
@@ -192,6 +195,8 @@ class GrinqhTensor(TorchAOBaseTensor):
             raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {self.shape[1]}]")
         if not x.is_floating_point():
             raise TypeError(f"input of dtype {x.dtype}: expected floating point")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         start = self.first_decoded_row(x, bias)
         if start is None:
             return F.linear(x, self.dequantize(x.dtype), bias)
@@ -317,6 +322,20 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     )
     aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
     return aliased
+
+
+_copy_same_type = GrinqhTensor._ATEN_OP_TABLE[GrinqhTensor][aten.copy_.default]
+
+
+@GrinqhTensor.implements(aten.copy_.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    if not all(isinstance(tensor, GrinqhTensor) for tensor in args[:2]):
+        raise TypeError(
+            f"cannot copy a {type(args[1]).__name__} into a {type(args[0]).__name__} in place; "
+            "load_state_dict(..., assign=True) replaces the weight instead"
+        )
+    copied: Tensor = _copy_same_type(func, types, args, kwargs)
+    return copied
 
 
 torch.serialization.add_safe_globals([GrinqhTensor])

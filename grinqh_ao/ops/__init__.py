@@ -24,10 +24,9 @@ _library.define(
     "ScalarType dtype) -> Tensor"
 )
 
-# The oracle is plain PyTorch, so until a device has a kernel of its own it serves there too.
-for _key in ("CPU", "CUDA"):
-    _library.impl("decode_linear", oracle.decode_linear, _key)
-    _library.impl("dequantize", oracle.dequantize, _key)
+# The oracle is plain PyTorch: it serves every device that has no kernel of its own.
+_library.impl("decode_linear", oracle.decode_linear, "CompositeExplicitAutograd")
+_library.impl("dequantize", oracle.dequantize, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("grinqh::decode_linear")

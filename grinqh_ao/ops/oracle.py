@@ -90,7 +90,8 @@ def dequantize(
         dense = lookup(table, codes).view(-1, SCALE_GROUP, k)
         dense *= decode_scales(scales[block]).transpose(1, 2).reshape(-1, 1, k)
         rows = slice(block.start * tile, min(block.stop * tile, n))
-        torch.mul(
-            dense.view(-1, k)[: rows.stop - rows.start], row_scale[rows, None], out=weight[rows]
-        )
+        dense = dense.view(-1, k)[: rows.stop - rows.start].mul_(row_scale[rows, None])
+        if dtype == torch.float16:  # rounding up must not turn its largest values into infinity
+            dense = dense.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
+        weight[rows] = dense
     return weight

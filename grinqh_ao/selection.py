@@ -1,0 +1,134 @@
+"""Which layers a ``quantize_`` call gives to a GrinqhConfig, with their names.
+
+TorchAO tells a handler neither; the ``quantize_`` call on the stack does, by its arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig, quantize_
+
+from grinqh_ao.config import GrinqhConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module that ``quantize_`` selected."""
+
+    name: str
+    module: nn.Module
+    config: GrinqhConfig
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self.module._parameters.get("weight")
+
+    def __str__(self) -> str:
+        if self.name or not isinstance(self.module, nn.Linear):
+            return self.name or "the model"
+        return f"Linear({type(self.module).extra_repr(self.module)})"
+
+
+@dataclass
+class QuantizeCall:
+    """A ``quantize_`` call, by its arguments.
+
+    Attributes:
+        key: tells one call from another while both are under way.
+    """
+
+    model: nn.Module
+    config: AOBaseConfig
+    filter_fn: Callable[[nn.Module, str], bool] | None
+    device: torch.device | str | None = None
+    key: int = 0
+
+    @functools.cached_property
+    def layers(self) -> list[Layer]:
+        """What it selects for GrinqhConfigs. Asks ``filter_fn`` once more than TorchAO does."""
+        if isinstance(self.config, FqnToConfig):
+            return list(_by_name(self.model, self.config))
+        if isinstance(self.config, GrinqhConfig) and self.filter_fn:
+            return list(_by_filter(self.model, self.config, self.filter_fn))
+        return []
+
+    @property
+    def by_name(self) -> bool:
+        """Whether it selects by name, not by a filter."""
+        return isinstance(self.config, FqnToConfig)
+
+    def names(self, full_name: str) -> bool:
+        """Whether it gives this very name, not a pattern that fits it."""
+        return isinstance(self.config, FqnToConfig) and full_name in self.config.fqn_to_config
+
+
+def enclosing_call(config: GrinqhConfig) -> QuantizeCall | None:
+    """The innermost ``quantize_`` call on the stack, if ``config`` is what it was given."""
+    code = inspect.unwrap(quantize_).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    # The names of parameters are public: they can be given by keyword.
+    found = frame.f_locals
+    given = found["config"]
+    named = given.fqn_to_config.values() if isinstance(given, FqnToConfig) else ()
+    if given is not config and all(value is not config for value in named):
+        return None  # another config's handler is calling ours
+    return QuantizeCall(found["model"], given, found["filter_fn"], found["device"], id(frame))
+
+
+def _by_filter(
+    model: nn.Module, config: GrinqhConfig, filter_fn: Callable[[nn.Module, str], bool]
+) -> Iterator[Layer]:
+    def walk(module: nn.Module, name: str) -> Iterator[Layer]:
+        if filter_fn(module, name):
+            yield Layer(name, module, config)
+        else:  # as TorchAO, which does not look inside what it selects
+            for child_name, child in module.named_children():
+                yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from {layer.module: layer for layer in walk(model, "")}.values()
+
+
+def _by_name(model: nn.Module, config: FqnToConfig) -> Iterator[Layer]:
+    for name, module in model.named_modules():
+        found = _config_for(module, name, config.fqn_to_config)
+        if isinstance(module, nn.Linear) and isinstance(found, GrinqhConfig):
+            yield Layer(name, module, found)
+
+
+def _config_for(module: nn.Module, name: str, configs: dict[str, Any]) -> Any:
+    """The config of a linear layer's weight, in TorchAO's order of precedence.
+
+    Names of parameters before names of modules, exact names before patterns; where a parameter is
+    named, be it the bias, its module's name is not looked up.
+    """
+    prefix = f"{name}." if name else ""
+    others = [prefix + n for n, _ in module.named_parameters(recurse=False) if n != "weight"]
+    weight = f"{prefix}weight"
+
+    def pattern(full_name: str) -> str | None:
+        matches = (p for p in configs if p.startswith("re:") and re.fullmatch(p[3:], full_name))
+        return next(matches, None)
+
+    if weight in configs:
+        return configs[weight]
+    parameter_named = any(other in configs for other in others)
+    if not parameter_named and name in configs:
+        return configs[name]
+    if found := pattern(weight):
+        return configs[found]
+    if parameter_named or any(pattern(other) for other in others):
+        return None
+    return configs[found] if (found := pattern(name)) else configs.get("_default")
