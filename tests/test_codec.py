@@ -1,5 +1,8 @@
 """Quantizing: errors are bounded at every level, whatever the weights."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from grinqh_ao.codec import (
     SCALE_GROUP,
+    check_values,
     decode_scales,
     default_codebook,
     level_values,
@@ -54,10 +58,10 @@ def weights(draw) -> torch.Tensor:
     if draw(st.booleans()):
         weight[:, draw(st.integers(0, k - 1))] = 0
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    largest = 1e4 if dtype == torch.float16 else 1e30
-    scale = draw(st.sampled_from([1.0, 1e-3, 1e-20 if largest > 1e4 else 1e-2, largest / 1e5]))
-    weight = (weight * scale).to(dtype)
-    return weight.where(torch.isfinite(weight), 0)
+    largest = 6e4 if dtype == torch.float16 else 1e30
+    smallest = 1e-4 if dtype == torch.float16 else 1e-28
+    size = draw(st.sampled_from([1.0, 1e-3, smallest, largest]))
+    return (weight / weight.abs().max().clamp_min(1e-9) * size).to(dtype)
 
 
 @given(weights())
@@ -74,6 +78,22 @@ def test_nothing_is_clipped(weight):
     quantized = quantize(weight)
     unit = _scale(quantized.scale_codes, len(weight)) * quantized.row_scale.double()[:, None]
     assert (weight.double().abs() <= unit * (1 + 1e-5)).all()
+
+
+@given(weights())
+def test_scales_are_no_larger_than_they_need_be(weight):
+    quantized = quantize(weight)
+    groups = torch.nn.functional.pad(weight.double(), (0, 0, 0, -len(weight) % SCALE_GROUP))
+    rows = torch.nn.functional.pad(quantized.row_scale.double(), (0, -len(weight) % SCALE_GROUP))
+    relative = groups.view(-1, SCALE_GROUP, weight.shape[1]).abs() / rows.view(-1, SCALE_GROUP, 1)
+    largest = relative.nan_to_num(nan=0.0).amax(dim=1)  # 0 / 0 in rows of zeros
+    scale = decode_scales(quantized.scale_codes).double()
+    # The largest factor, rounded up to the next code; the smallest code is a floor.
+    assert (
+        (scale <= 1.08 * 2 ** (1 / 16) * largest * 1.001)
+        .logical_or(quantized.scale_codes <= 1)
+        .all()
+    )
 
 
 @given(weights())
@@ -105,6 +125,37 @@ def test_errors_are_those_the_thresholds_assume():
 def test_vanishing_weights_become_zero(value):
     quantized = quantize(torch.full((70, 3), value))
     assert not dequantize(quantized, 8).any()
+
+
+def test_rejects_what_no_code_expresses():
+    for value, message in [(float("nan"), "NaN"), (float("inf"), "NaN or inf"), (2e30, "beyond")]:
+        weight = torch.ones(3, 3)
+        weight[1, 2] = value
+        with pytest.raises(ValueError, match=message):
+            check_values(weight)
+    check_values(torch.full((3, 3), 1.2e30))
+
+
+def test_global_settings_leave_no_trace():
+    """In a fresh process, first used where tensors are fake, on meta, or bfloat16 by default."""
+    script = """
+import torch
+from grinqh_ao import GrinqhTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.set_default_dtype(torch.bfloat16)
+for context in (torch.device("meta"), FakeTensorMode()):
+    with context:
+        try:
+            GrinqhTensor.from_hp(torch.empty(8, 8))
+        except Exception:
+            pass  # nothing to quantize there
+torch.set_default_dtype(torch.bfloat16)
+weight = GrinqhTensor.from_hp(torch.randn(70, 9))
+assert weight.thresholds.dtype == weight.codebook.dtype == torch.float32
+assert weight.thresholds.device.type == "cpu"
+assert torch.isfinite(weight.dequantize()).all()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])

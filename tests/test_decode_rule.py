@@ -68,6 +68,26 @@ def test_is_off_again_afterwards_and_in_other_threads():
     assert torch.equal(F.linear(x, weight), dense)
 
 
+@pytest.mark.parametrize("inside_first", [True, False])
+@torch.no_grad()
+def test_compiled_functions_follow_the_switch(inside_first):
+    """With the real inductor, whose graphs (and whose cache on disk) know nothing of it."""
+    linear = torch.nn.Linear(40, 96)
+    quantize_(linear, GrinqhConfig(bits=2))
+    x = torch.distributions.Laplace(0.0, 1.0).sample((5, 40))
+    dense = linear(x)
+    with decode_every_row():
+        decoded = linear(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear)
+    if not inside_first:
+        torch.testing.assert_close(compiled(x), dense)
+    with decode_every_row():
+        torch.testing.assert_close(compiled(x), decoded)
+    torch.testing.assert_close(compiled(x), dense)
+    assert (dense - decoded).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("prefix", [-1, 1.5, "1", None])
 def test_bad_prefix(prefix):
     with pytest.raises(ValueError, match="dense_prefix="), decode_every_row(prefix):

@@ -65,8 +65,7 @@ def test_ratios_grow_and_expected_bits_fall(levels):
     assert bits == sorted(bits, reverse=True)
 
 
-def test_constants_measured_on_smollm2():
-    """The one-constant thresholds of the method's notes, at 3 and 2 bits."""
+def test_constants_of_the_documentation():
     assert relative_thresholds(3, ALL_LEVELS)[1, 0] == pytest.approx(0.214, abs=0.006)
     assert relative_thresholds(2, ALL_LEVELS)[1, 0] == pytest.approx(0.428, abs=0.006)
 

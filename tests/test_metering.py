@@ -59,14 +59,18 @@ def test_heads_count_in_the_total_only():
         model["lm_head"](model["body"](x))
     assert measured.body.bits == pytest.approx(measured.layers["body"].bits)
     assert measured.layers["lm_head"].bits == 8
+    assert measured.head == measured.layers["lm_head"]
     assert measured.total.bits == pytest.approx((measured.body.bits + 8) / 2)
+    with measure(model) as measured:
+        model["body"](x)
+    assert measured.head is None
 
 
 def test_prompts_do_not_count_unless_every_row_is_decoded(model):
     x = torch.randn(2, 5, 40)
     with measure(model) as measured:
         model(x)
-        with pytest.raises(ValueError, match="nothing was decoded"):
+        with pytest.raises(ValueError, match="no quantized layer saw a single row"):
             _ = measured.total
         with decode_every_row(dense_prefix=3):
             model(x)
@@ -80,6 +84,8 @@ def test_gradient_passes_do_not_count(model):
     with measure(model) as measured:
         model(torch.randn(1, 40, requires_grad=True))
     assert not measured.layers
+    with pytest.raises(ValueError, match=r"rows that want gradients .* use torch\.no_grad\(\)"):
+        _ = measured.total
 
 
 def test_inputs_by_keyword(model):

@@ -1,20 +1,25 @@
 """``quantize_(model, GrinqhConfig(...))``: what is quantized, what is not, and what is refused."""
 
+import dataclasses
+import gc
+import itertools
 import json
 import logging
 import re
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchao.core.config import config_to_dict
-from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+from torchao.core.config import AOBaseConfig, config_to_dict
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_, transform_module
 
 import grinqh_ao
 from conftest import tiny_model
-from grinqh_ao import GrinqhConfig, GrinqhTensor, all_but_head, set_bits, summary
+from grinqh_ao import GrinqhConfig, GrinqhTensor, all_but_head, measure, set_bits, summary
 from grinqh_ao.model import quantized_linears
+from grinqh_ao.selection import _config_for
 
 
 @pytest.fixture
@@ -52,8 +57,9 @@ def test_untied_head_is_quantized_at_its_floor(family, log):
     assert model.get_input_embeddings().weight is embedding
     assert model.lm_head.weight.bits == pytest.approx(6)
     assert model.model.layers[0].mlp.up_proj.weight.bits == pytest.approx(3)
-    assert "15 of 15 linear layers quantized" in log.text
+    assert "quantized, in 15 modules" in log.text
     assert "output head lm_head: 6.00 bits" in log.text
+    assert "left dense: 1 in Embedding: model.embed_tokens" in log.text
 
 
 def test_tied_head_and_embedding_stay_one_weight(family, log):
@@ -81,8 +87,8 @@ def test_head_bits_none_leaves_the_head_and_its_tie_alone(family, tied, log):
     assert model.lm_head.weight is head
     assert model.get_input_embeddings().weight is embedding
     assert len(layers_of(model)) == 2 * 7
-    assert log.text.count("lm_head is left dense") == 1
-    assert "left dense: lm_head" in str(summary(model))
+    assert log.text.count("lm_head is left dense: it is the output head") == 1
+    assert "left dense: 1 in Linear: lm_head" in str(summary(model)) or tied
 
 
 def test_ready_filter_leaves_the_head_alone(family):
@@ -179,10 +185,51 @@ def test_a_filter_with_a_memory():
     assert layers_of(model) == {"0", "1"}
 
 
-def test_device_argument():
-    model = two_layers()
-    quantize_(model, GrinqhConfig(bits=3), device="cpu")
+def test_device_argument(monkeypatch):
+    """Weights go to the device before they are quantized: that is what it is for."""
+    model, asked = two_layers(), []
+
+    def to(tensor, *arguments):
+        asked.append(arguments[0])
+        return original(tensor, *arguments)
+
+    original = torch.Tensor.to
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Parameter, "to", to, raising=False)
+        quantize_(model, GrinqhConfig(bits=3), device="cpu")
+    assert asked.count("cpu") == 2  # TorchAO's own calls say torch.device("cpu")
     assert layers_of(model) == {"0", "1"}
+
+
+def test_lets_go_of_each_dense_weight_before_the_next(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    dense = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+
+    def from_hp(weight, *arguments):
+        alive.append(sum(reference() is not None for reference in dense))
+        return original(weight, *arguments)
+
+    original = GrinqhTensor.from_hp
+    monkeypatch.setattr(GrinqhTensor, "from_hp", from_hp)
+    quantize_(model, GrinqhConfig(bits=3))
+    assert alive == [4, 3, 2, 1]
+    assert not any(reference() is not None for reference in dense)
+
+
+def test_a_quantized_model_is_freed_without_the_garbage_collector():
+    model = two_layers()
+    quantize_(model, GrinqhConfig(bits=3))
+    with measure(model) as measured:
+        model(torch.randn(1, 40).requires_grad_(False))
+    weight = weakref.ref(model[0].weight)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+    del measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -232,6 +279,120 @@ def test_what_cannot_be_quantized_is_left_dense(log):
         assert re.search(reason, lines[0])
 
 
+def test_matrices_outside_of_linear_layers_are_named(log):
+    import transformers
+
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    quantize_(model, GrinqhConfig(bits=3))
+    warnings = [r.message for r in log.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "left dense: 4 in Conv1D: transformer.h.0.attn.c_attn, " in warnings[0]
+    stored = summary(model)
+    assert stored.weights == 64 * 32
+    assert stored.all_weights == sum(p.numel() for p in model.parameters() if p.dim() == 2)
+
+
+def test_a_name_that_is_no_linear_weight_is_reported(log):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "e": nn.Embedding(8, 8)})
+    names = {"e": GrinqhConfig(), "a.bias": GrinqhConfig(), r"re:a\.weight": GrinqhConfig()}
+    quantize_(model, FqnToConfig(names), filter_fn=None)
+    lines = [r.message for r in log.records if r.levelno == logging.WARNING]
+    assert [line.split()[0] for line in lines] == ["a.bias", "e.weight"]
+    assert layers_of(model) == {"a"}
+
+
+@pytest.mark.parametrize("through", ["module", "parent"])
+def test_a_weight_tied_to_a_module_outside_is_left_alone(log, through):
+    model = tiny_model("llama", tied=True)
+    before = snapshot(model)
+    part = model.lm_head if through == "module" else nn.Sequential(model.lm_head)
+    quantize_(part, GrinqhConfig(bits=3))
+    assert_unchanged(model, before)
+    assert "shares its weight with a module outside of what is being quantized" in log.text
+
+
+def test_the_garbage_collector_is_not_asked_without_need(monkeypatch):
+    monkeypatch.setattr("gc.get_referrers", lambda *objects: pytest.fail("asked"))
+    model = tiny_model("llama", tied=True)
+    quantize_(model, GrinqhConfig(bits=3))
+    assert len(layers_of(model)) == 2 * 7 + 1
+
+
+def test_a_tied_embedding_needs_a_fine_enough_level(log):
+    model = tiny_model("llama", tied=True)
+    head = model.lm_head.weight
+    quantize_(model, GrinqhConfig(bits=3, levels=(0, 2, 4)))
+    assert model.lm_head.weight is head
+    assert "lm_head is left dense: it shares its weight with model.embed_tokens" in log.text
+
+
+def test_asks_the_filter_about_each_layer_a_bounded_number_of_times():
+    model = nn.Sequential(*(nn.Linear(2, 2, dtype=torch.float64) for _ in range(50)))
+    calls = 0
+
+    def linear(module: nn.Module, name: str) -> bool:
+        nonlocal calls
+        calls += 1
+        return isinstance(module, nn.Linear)
+
+    quantize_(model, GrinqhConfig(bits=3), filter_fn=linear)
+    assert calls == 2 * 51
+
+
+def test_another_config_may_call_our_handler():
+    @dataclasses.dataclass
+    class Wrap(AOBaseConfig):
+        base_config: AOBaseConfig
+
+    handlers = transform_module._QUANTIZE_CONFIG_HANDLER
+
+    @transform_module.register_quantize_module_handler(Wrap)
+    def _(module: nn.Module, config: Wrap) -> nn.Module:
+        return handlers[GrinqhConfig](module, config.base_config)
+
+    try:
+        model = two_layers()
+        quantize_(model, Wrap(GrinqhConfig(bits=3)))
+    finally:
+        del handlers[Wrap]
+    assert layers_of(model) == {"0", "1"}
+
+
+def test_precedence_is_that_of_torchao():
+    """Wherever TorchAO applies a config to a weight, we do; a recording config asks it."""
+
+    @dataclasses.dataclass
+    class Record(AOBaseConfig):
+        name: str
+
+    handlers = transform_module._QUANTIZE_CONFIG_HANDLER
+    applied = {}
+
+    @transform_module.register_quantize_module_handler(Record)
+    def _(module: nn.Module, config: Record, *, parameter_name: str = "weight") -> nn.Module:
+        if parameter_name == "weight":
+            applied.setdefault(module, config.name)
+        return module
+
+    keys = ["a", "a.weight", "a.bias", "re:a", r"re:a\.bias", r"re:a\.w.*", "_default"]
+    try:
+        for used in itertools.chain.from_iterable(
+            itertools.combinations(keys, size) for size in (1, 2, 3)
+        ):
+            for none in (None, *used):
+                model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+                table = {key: None if key == none else Record(key) for key in used}
+                applied.clear()
+                quantize_(model, FqnToConfig(dict(table)), filter_fn=None)
+                for name, module in model.items():
+                    found = _config_for(module, name, FqnToConfig(dict(table)).fqn_to_config)
+                    assert (found and found.name) == applied.get(module), (name, table)
+    finally:
+        del handlers[Record]
+
+
 # ---- bad input: a clear error, and nothing is changed
 
 
@@ -250,6 +411,35 @@ def test_a_weight_that_is_not_finite(value):
     assert_unchanged(model, before)
     quantize_(model, GrinqhConfig(bits=3), filter_fn=lambda module, name: name == "0")
     assert layers_of(model) == {"0"}
+
+
+def test_a_weight_beyond_what_scales_express():
+    model = two_layers()
+    with torch.no_grad():
+        model[1].weight[0, 0] = -2e30
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"^1: its weight has values beyond 1\.3e\+30"):
+        quantize_(model, GrinqhConfig(bits=3))
+    assert_unchanged(model, before)
+
+
+def test_a_failure_on_the_way_says_how_far_it_got(monkeypatch):
+    model, failing = two_layers(), {"on"}
+
+    def from_hp(weight, *arguments):
+        if weight.shape[0] == 30 and failing:
+            raise torch.OutOfMemoryError("no memory")
+        return original(weight, *arguments)
+
+    original = GrinqhTensor.from_hp
+    monkeypatch.setattr(GrinqhTensor, "from_hp", from_hp)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        quantize_(model, GrinqhConfig(bits=3))
+    assert "while quantizing 1; 1 of 2 layers are quantized" in caught.value.__notes__[0]
+    assert layers_of(model) == {"0"}
+    failing.clear()
+    quantize_(model, GrinqhConfig(bits=3))
+    assert layers_of(model) == {"0", "1"}
 
 
 def test_meta_device():
@@ -290,10 +480,20 @@ def test_config_is_checked_when_it_is_built(arguments, message):
         GrinqhConfig(**arguments)
 
 
-def test_config_survives_json():
+def test_torchao_can_write_a_config_as_json():
     config = GrinqhConfig(bits=2.5, levels=(0, 2, 4, 8), head_bits=None)
     as_json = json.loads(json.dumps(config_to_dict(config)))
+    assert as_json["_data"] == {"bits": 2.5, "levels": [0, 2, 4, 8], "head_bits": None}
     assert GrinqhConfig(**as_json["_data"]) == config
+
+
+def test_config_is_checked_again_when_it_is_used():
+    model, config = two_layers(), GrinqhConfig()
+    config.levels.append(16)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"levels=\[0, 2, 4, 6, 8, 16\]"):
+        quantize_(model, config)
+    assert_unchanged(model, before)
 
 
 def test_set_bits_needs_something_quantized():
@@ -312,8 +512,9 @@ def test_set_bits_checks_every_layer_before_it_changes_one():
 
 def test_summary_of_a_dense_model():
     text = str(summary(two_layers()))
-    assert "0 of 2 linear layers quantized" in text
-    assert "left dense: 0, 1" in text
+    assert "0.0M of 0.0M weights quantized, in 0 modules" in text
+    assert "left dense: 2 in Linear: 0, 1" in text
+    assert "bits" not in text
 
 
 def test_public_names_exist():

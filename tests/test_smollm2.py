@@ -34,6 +34,7 @@ def test_smollm2_at_three_bits(loaded):
         at_3 = quality(model, full)
     assert measured.body.bits == pytest.approx(3, abs=0.15)
     assert measured.body.bits_with_scales == pytest.approx(3.13, abs=0.15)
+    assert measured.head.bits == pytest.approx(6, abs=0.15)
     assert at_3.kl <= 0.12
     assert at_3.agreement > 0.8
 
@@ -70,9 +71,9 @@ def test_demo_on_a_local_model(tmp_path, capsys):
     demo.main([*options, "--new-tokens", "4", "--bits", "4", "2", "--json", str(report)])
     output = capsys.readouterr().out
     rows = json.loads(report.read_text())["rows"]
-    assert [row["bits_asked"] for row in rows] == [None, 4, 2]
-    assert rows[1]["bits_read"] == pytest.approx(4, abs=0.4)
-    assert 0 < rows[1]["kl"] < rows[2]["kl"]
+    assert [row["bits_asked"] for row in rows] == [None, None, 4, 2]
+    assert rows[2]["bits_read"] == pytest.approx(4, abs=0.4)
+    assert rows[0]["kl"] < rows[1]["kl"] < rows[2]["kl"] < rows[3]["kl"]
     assert rows[1]["stored_mb"] < rows[0]["stored_mb"]
     assert "| GRINQH, bits=2" in output
     assert f"torch {torch.__version__}" in output

@@ -228,6 +228,25 @@ def test_pickle_deepcopy_and_state_dict(weight):
     assert torch.equal(fresh.requires_grad_(False)(x), expected)
 
 
+def test_loading_across_types_names_the_remedy(weight):
+    quantized, dense = linear_with(weight), nn.Linear(40, 96)
+    for target, source in ((dense, quantized), (quantized, dense)):
+        with pytest.raises(RuntimeError, match="assign=True"):
+            target.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_autocast(weight, rows):
+    x = torch.randn(rows, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x, weight).dtype == torch.bfloat16
+
+
+def test_largest_half_precision_weights_stay_finite():
+    weight = GrinqhTensor.from_hp(torch.full((70, 9), 65504.0, dtype=torch.float16))
+    assert torch.isfinite(weight.dequantize()).all()
+
+
 def test_operands_it_cannot_be(weight):
     with pytest.raises(TypeError, match="weight of a linear layer"):
         F.linear(weight, torch.randn(3, 40))
