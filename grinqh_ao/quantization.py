@@ -47,9 +47,8 @@ def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None
         return
     if _left_dense.pop(module, None) == call.key:
         return
-    if all(
-        layer.module is not module for layer in call.layers
-    ):  # called by hand, or by a filter with a memory
+    if not any(layer.module is module for layer in call.layers):
+        # Called by hand, or by a filter that changed its mind since TorchAO asked it.
         call.layers.append(Layer("", module, config))
     _quantize(call)
     _left_dense.pop(module, None)
@@ -57,40 +56,12 @@ def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None
 
 def _quantize(call: QuantizeCall) -> None:
     owners = owners_of_parameters(call.model)
-    todo = []
-    for layer in call.layers:
-        layer.config.check()
-        if not isinstance(layer.module, nn.Linear):
-            raise TypeError(
-                f"{layer}: filter_fn selected a {type(layer.module).__name__}; "
-                "GrinqhConfig quantizes nn.Linear layers"
-            )
-        if not isinstance(layer.weight, GrinqhTensor):
-            todo.append(layer)
-    heads = {layer.module for layer in todo if _is_head(call.model, layer, owners)}
-    reasons = {layer: _why_dense(layer, layer.module in heads, owners) for layer in todo}
-    todo = [layer for layer in todo if not reasons[layer]]
-    for layer in held_elsewhere(todo, owners):
-        reasons[layer] = (
-            "it shares its weight with a module outside of what is being quantized; "
-            "give quantize_ the whole model"
-        )
-    todo = [layer for layer in todo if not reasons[layer]]
-    for layer in todo:
-        try:
-            check_values(cast(Tensor, layer.weight))
-        except ValueError as error:
-            raise ValueError(f"{layer}: {error}; nothing was quantized") from None
-
-    # Nothing has been changed up to here.
-    for layer, reason in reasons.items():
-        if reason:
-            _left_dense[layer.module] = call.key
-            logger.warning("%s is left dense: %s", layer, reason)
-    with tqdm(todo, desc="quantizing", unit="layer", disable=None) as progress:
-        for done, layer in enumerate(progress):
+    todo = _plan(call, owners)
+    # Up to here nothing has been changed.
+    with tqdm(todo.items(), desc="quantizing", unit="layer", disable=None) as progress:
+        for done, (layer, is_head) in enumerate(progress):
             try:
-                _quantize_layer(layer, layer.module in heads, owners, call.device)
+                _quantize_layer(layer, is_head, owners, call.device)
             except BaseException as error:
                 error.add_note(
                     f"while quantizing {layer}; {done} of {len(todo)} layers are quantized and "
@@ -102,6 +73,43 @@ def _quantize(call: QuantizeCall) -> None:
         for line in after.dense_by_type(but=("Linear", "Embedding")):
             logger.warning("GrinqhConfig quantizes nn.Linear layers; left dense: %s", line)
         logger.info("%s", after)
+
+
+def _plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
+    """The layers to quantize, and whether each is an output head. Says which are left dense."""
+    for layer in call.layers:
+        layer.config.check()
+        if not isinstance(layer.module, nn.Linear):
+            raise TypeError(
+                f"{layer}: filter_fn selected a {type(layer.module).__name__}; "
+                "GrinqhConfig quantizes nn.Linear layers"
+            )
+    todo, reasons = {}, {}
+    for layer in call.layers:
+        if isinstance(layer.weight, GrinqhTensor):
+            continue
+        is_head = _is_head(call.model, layer, owners)
+        if reason := _why_dense(layer, owners):
+            reasons[layer] = reason
+        elif is_head and layer.config.head_bits is None:
+            reasons[layer] = "it is the output head, and head_bits is None"
+        else:
+            todo[layer] = is_head
+    for layer in held_elsewhere(todo, owners):
+        del todo[layer]
+        reasons[layer] = (
+            "it shares its weight with a module outside of what is being quantized; "
+            "give quantize_ the whole model"
+        )
+    for layer in todo:
+        try:
+            check_values(cast(Tensor, layer.weight))
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}; nothing was quantized") from None
+    for layer, reason in reasons.items():
+        _left_dense[layer.module] = call.key
+        logger.warning("%s is left dense: %s", layer, reason)
+    return todo
 
 
 def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) -> None:
@@ -120,8 +128,8 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
             holder.extra_repr = _ExtraRepr(holder)  # type: ignore[method-assign]
 
 
-def _why_dense(layer: Layer, is_head: bool, owners: Owners) -> str:
-    """Why a linear layer is not quantized; empty if it is."""
+def _why_dense(layer: Layer, owners: Owners) -> str:
+    """Why a linear layer cannot be quantized; empty if it can."""
     weight = layer.weight
     if weight is None:
         return "its weight is not a plain parameter"
@@ -131,8 +139,6 @@ def _why_dense(layer: Layer, is_head: bool, owners: Owners) -> str:
         return f"its weight has dtype {weight.dtype}"
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}"
-    if is_head and layer.config.head_bits is None:
-        return "it is the output head, and head_bits is None"
     for name, owner in owners[weight]:
         if isinstance(owner, nn.Embedding):
             if owner.max_norm is not None:

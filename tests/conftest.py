@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import nn
+
+from grinqh_ao.model import quantized_linears
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
@@ -49,3 +52,27 @@ def _seed() -> None:
 @pytest.fixture(params=["llama", "qwen3"])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="grinqh_ao")
+    return caplog
+
+
+def layers_of(model: nn.Module) -> set[str]:
+    return {name for name, _, _ in quantized_linears(model)}
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = snapshot(model)
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(40, 96), nn.Linear(96, 30))

@@ -1,0 +1,95 @@
+"""Output heads, and weights that several modules share."""
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import quantize_
+
+from conftest import assert_unchanged, layers_of, snapshot, tiny_model
+from grinqh_ao import GrinqhConfig, GrinqhTensor, all_but_head, set_bits, summary
+
+
+def test_untied_head_is_quantized_at_its_floor(family, log):
+    model = tiny_model(family, tied=False)
+    embedding = model.get_input_embeddings().weight
+    quantize_(model, GrinqhConfig(bits=3))
+    assert len(layers_of(model)) == 2 * 7 + 1
+    assert model.get_input_embeddings().weight is embedding
+    assert model.lm_head.weight.bits == pytest.approx(6)
+    assert model.model.layers[0].mlp.up_proj.weight.bits == pytest.approx(3)
+    assert "quantized, in 15 modules" in log.text
+    assert "output head lm_head: 6.00 bits" in log.text
+    assert "left dense: 1 in Embedding: model.embed_tokens" in log.text
+
+
+def test_tied_head_and_embedding_stay_one_weight(family, log):
+    model = tiny_model(family, tied=True)
+    dense = model.lm_head.weight.detach()
+    quantize_(model, GrinqhConfig(bits=3))
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding.weight, GrinqhTensor)
+    assert embedding.weight is model.lm_head.weight
+    assert "tied, one quantized weight: model.embed_tokens = lm_head" in log.text
+    model.tie_weights()
+    assert embedding.weight is model.lm_head.weight
+    assert isinstance(model.lm_head.weight, GrinqhTensor)
+    found = embedding(torch.arange(320))
+    assert (found - dense).norm() / dense.norm() < 0.01  # embeddings read level 8
+    stored = summary(model)
+    assert stored.stored_bytes < 0.4 * stored.dense_bytes  # float32 before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_bits_none_leaves_the_head_and_its_tie_alone(family, tied, log):
+    model = tiny_model(family, tied=tied)
+    head, embedding = model.lm_head.weight, model.get_input_embeddings().weight
+    quantize_(model, GrinqhConfig(bits=3, head_bits=None))
+    assert model.lm_head.weight is head
+    assert model.get_input_embeddings().weight is embedding
+    assert len(layers_of(model)) == 2 * 7
+    assert log.text.count("lm_head is left dense: it is the output head") == 1
+    assert "left dense: 1 in Linear: lm_head" in str(summary(model)) or tied
+
+
+def test_ready_filter_leaves_the_head_alone(family):
+    model = tiny_model(family, tied=True)
+    head = model.lm_head.weight
+    quantize_(model, GrinqhConfig(bits=3), filter_fn=all_but_head)
+    assert model.lm_head.weight is head
+    assert len(layers_of(model)) == 2 * 7
+
+
+def test_head_floor_follows_bits_above_it_and_levels_below_it(family):
+    model = tiny_model(family, tied=False)
+    quantize_(model, GrinqhConfig(bits=7))
+    assert model.lm_head.weight.bits == pytest.approx(7)
+    set_bits(model, 2)
+    assert model.lm_head.weight.bits == pytest.approx(6)
+    model = tiny_model(family, tied=False)
+    quantize_(model, GrinqhConfig(bits=3, levels=(0, 2, 4)))
+    assert model.lm_head.weight.bits == pytest.approx(4)
+
+
+@pytest.mark.parametrize("through", ["module", "parent"])
+def test_a_weight_tied_to_a_module_outside_is_left_alone(log, through):
+    model = tiny_model("llama", tied=True)
+    before = snapshot(model)
+    part = model.lm_head if through == "module" else nn.Sequential(model.lm_head)
+    quantize_(part, GrinqhConfig(bits=3))
+    assert_unchanged(model, before)
+    assert "shares its weight with a module outside of what is being quantized" in log.text
+
+
+def test_the_garbage_collector_is_not_asked_without_need(monkeypatch):
+    monkeypatch.setattr("gc.get_referrers", lambda *objects: pytest.fail("asked"))
+    model = tiny_model("llama", tied=True)
+    quantize_(model, GrinqhConfig(bits=3))
+    assert len(layers_of(model)) == 2 * 7 + 1
+
+
+def test_a_tied_embedding_needs_a_fine_enough_level(log):
+    model = tiny_model("llama", tied=True)
+    head = model.lm_head.weight
+    quantize_(model, GrinqhConfig(bits=3, levels=(0, 2, 4)))
+    assert model.lm_head.weight is head
+    assert "lm_head is left dense: it shares its weight with model.embed_tokens" in log.text
