@@ -58,7 +58,9 @@ def main() -> None:
         rows.append(row)
         print(tabulate([row], tablefmt="plain", floatfmt=".4f"), flush=True)
 
-    print(f"full precision: perplexity {quality(model, full, decode_rule=False).perplexity:.3f}")
+    full_perplexity = quality(model, full, decode_rule=False).perplexity
+    full_perplexity = quality(model, full, decode_rule=False).perplexity
+    print(f"full precision: perplexity {full_perplexity:.3f}")
 
     body = copy.deepcopy(model)
     quantize_(body, GrinqhConfig(), filter_fn=all_but_head)
@@ -92,6 +94,7 @@ def main() -> None:
             "machine": machine,
             "arguments": sys.argv[1:],
             "tokens": ids.numel(),
+            "full_precision_perplexity": full_perplexity,
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -103,7 +103,9 @@ def _nearest_codes(max_level: int) -> tuple[NDArray[np.uint8], NDArray[np.float3
         if level <= max_level:
             values = _default_codebook()[_level_slice(level)]
             cost += weight * (grid[:, None] - values[codes >> (CODE_BITS - level)]) ** 2
-    return cost.argmin(axis=1).astype(np.uint8), cost.min(axis=1).astype(np.float32)
+    best = cost.argmin(axis=1)
+    best[:_GRID] = 2**CODE_BITS - 1 - best[:_GRID:-1]  # ties must not lean to one side
+    return best.astype(np.uint8), cost.min(axis=1).astype(np.float32)
 
 
 def check_values(weight: Tensor) -> None:

@@ -106,6 +106,14 @@ def test_zero_rows_and_channels_stay_zero(weight):
     assert not quantized.scale_codes[zero].any()
 
 
+def test_negated_weights_have_mirrored_codes():
+    weight = torch.randn(192, 64)
+    plus, minus = quantize(weight), quantize(-weight)
+    assert torch.equal(plus.scale_codes, minus.scale_codes)
+    # All but weights that fall on the boundary of two cells of the code table.
+    assert (minus.codes == 255 - plus.codes).float().mean() > 0.999
+
+
 @given(st.integers(0, 2**31))
 def test_error_falls_with_the_level(seed):
     weight = torch.randn(192, 64, generator=torch.Generator().manual_seed(seed))
