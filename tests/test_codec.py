@@ -110,8 +110,8 @@ def test_negated_weights_have_mirrored_codes():
     weight = torch.randn(192, 64)
     plus, minus = quantize(weight), quantize(-weight)
     assert torch.equal(plus.scale_codes, minus.scale_codes)
-    # All but weights that fall on the boundary of two cells of the code table.
-    assert (minus.codes == 255 - plus.codes).float().mean() > 0.999
+    # All but those in the cell of the code table around zero, which is one code's.
+    assert (minus.codes == 255 - plus.codes).float().mean() > 0.998
 
 
 @given(st.integers(0, 2**31))
