@@ -144,6 +144,8 @@ def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
     rows = max(1, block // (k * SCALE_GROUP)) * SCALE_GROUP
     row_scale = _row_scales(weight, rows)
     inverse = _reciprocal(row_scale)
+    # What errors in a row weigh; near 1, so that squares neither overflow nor vanish.
+    energy = torch.ldexp(row_scale, -torch.frexp(row_scale.amax()).exponent).square()
     best_code, cost = (torch.from_numpy(t).to(device) for t in _nearest_codes(max_level))
 
     for start in range(0, n, rows):
@@ -151,8 +153,8 @@ def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
         padding = -(stop - start) % SCALE_GROUP
         block_weight = weight[start:stop].float() * inverse[start:stop, None]
         u = torch.nn.functional.pad(block_weight, (0, 0, 0, padding)).view(-1, SCALE_GROUP, k)
-        energy = torch.nn.functional.pad(row_scale[start:stop], (0, padding)).view(-1, SCALE_GROUP)
-        chosen = _choose_scales(u, energy.square(), cost)
+        block_energy = torch.nn.functional.pad(energy[start:stop], (0, padding))
+        chosen = _choose_scales(u, block_energy.view(-1, SCALE_GROUP), cost)
         scale_codes[start // SCALE_GROUP : -(-stop // SCALE_GROUP)] = chosen
         index = _grid_index(u, decode_scales(chosen))
         codes[start:stop] = lookup(best_code, index).view(-1, k)[: stop - start]
@@ -193,7 +195,8 @@ def _choose_scales(u: Tensor, energy: Tensor, cost: Tensor) -> Tensor:
     largest = u.abs().amax(dim=1)
     candidates, costs = [], []
     for factor in _SCALE_FACTORS:
-        # Round up, with room for float32 rounding in the logarithm: scales must not clip.
+        # Rounded up: scales do not clip. The 1e-5 octaves, far below a step of the codes, keep
+        # float32 rounding from moving a group that is on the grid up by a whole step.
         octaves = (largest * factor).log2() - 1e-5
         code = (octaves * SCALE_STEPS_PER_OCTAVE).ceil() + TOP_SCALE_CODE
         code = torch.where(largest > 0, code.clamp(1, TOP_SCALE_CODE), 0).to(torch.uint8)

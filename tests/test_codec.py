@@ -106,6 +106,15 @@ def test_zero_rows_and_channels_stay_zero(weight):
     assert not quantized.scale_codes[zero].any()
 
 
+@pytest.mark.parametrize("exponent", [-70, -10, 10, 90])
+def test_the_size_of_a_layer_does_not_matter(exponent):
+    weight = torch.randn(192, 64) * torch.rand(192, 1)
+    plain, scaled = quantize(weight), quantize(weight * 2.0**exponent)
+    assert torch.equal(plain.codes, scaled.codes)
+    assert torch.equal(plain.scale_codes, scaled.scale_codes)
+    assert torch.equal(plain.row_scale * 2.0**exponent, scaled.row_scale)
+
+
 def test_negated_weights_have_mirrored_codes():
     weight = torch.randn(192, 64)
     plus, minus = quantize(weight), quantize(-weight)
