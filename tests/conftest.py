@@ -1,4 +1,4 @@
-"""Tiny random models, and nothing that reaches a network."""
+"""Fixtures for all tests. Nothing reaches a network, and examples are the same on every run."""
 
 from __future__ import annotations
 
@@ -10,38 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import settings
-from torch import nn
-
-from grinqh_ao.model import quantized_linears
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
-
-SMALL = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-
-
-def tiny_model(family: str, *, tied: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A random Llama or Qwen3 with large enough weights that greedy tokens vary."""
-    import transformers
-
-    torch.manual_seed(0)
-    if family == "llama":
-        config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=tied, initializer_range=0.2)
-        model = transformers.LlamaForCausalLM(config)
-    else:
-        config = transformers.Qwen3Config(
-            **SMALL, head_dim=16, tie_word_embeddings=tied, initializer_range=0.2
-        )
-        model = transformers.Qwen3ForCausalLM(config)
-    return model.to(dtype).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -58,21 +29,3 @@ def family(request: pytest.FixtureRequest) -> str:
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, logger="grinqh_ao")
     return caplog
-
-
-def layers_of(model: nn.Module) -> set[str]:
-    return {name for name, _, _ in quantized_linears(model)}
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False))
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    after = snapshot(model)
-    assert after.keys() == before.keys()
-    assert all(after[name] is before[name] for name in before)
-
-
-def two_layers() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(40, 96), nn.Linear(96, 30))

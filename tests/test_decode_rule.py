@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torchao.quantization import quantize_
 
 import plain
-from conftest import tiny_model
 from grinqh_ao import GrinqhConfig, GrinqhTensor, decode_every_row
+from models import tiny_model
 
 
 def test_every_row_is_decoded_as_if_alone():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torchao.quantization import quantize_
 
-from conftest import tiny_model
 from grinqh_ao import GrinqhConfig, decode_every_row, set_bits
 from grinqh_ao.evaluation import quality, reference
+from models import tiny_model
 
 
 @pytest.fixture

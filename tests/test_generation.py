@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import quantize_
 
 import plain
-from conftest import tiny_model
 from grinqh_ao import GrinqhConfig, measure, ops, set_bits
 from grinqh_ao.model import quantized_linears
+from models import tiny_model
 
 
 class CountOps(TorchDispatchMode):

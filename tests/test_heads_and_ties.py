@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 
-from conftest import assert_unchanged, layers_of, snapshot, tiny_model
 from grinqh_ao import GrinqhConfig, GrinqhTensor, all_but_head, set_bits, summary
+from models import assert_unchanged, layers_of, snapshot, tiny_model
 
 
 def test_untied_head_is_quantized_at_its_floor(family, log):

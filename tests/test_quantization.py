@@ -14,9 +14,9 @@ from torchao.core.config import config_to_dict
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 import grinqh_ao
-from conftest import assert_unchanged, layers_of, snapshot, tiny_model, two_layers
 from grinqh_ao import GrinqhConfig, GrinqhTensor, measure, set_bits, summary
 from grinqh_ao.model import quantized_linears
+from models import assert_unchanged, layers_of, snapshot, tiny_model, two_layers
 
 # ---- what is quantized
 

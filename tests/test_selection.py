@@ -10,10 +10,10 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_, transform_module
 
-from conftest import assert_unchanged, layers_of, snapshot, tiny_model, two_layers
 from grinqh_ao import GrinqhConfig, GrinqhTensor
 from grinqh_ao.model import quantized_linears
 from grinqh_ao.selection import _config_for
+from models import assert_unchanged, layers_of, snapshot, tiny_model, two_layers
 
 
 def test_fqn_to_config(family):

@@ -58,7 +58,7 @@ def test_demo_on_a_local_model(tmp_path, capsys):
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from conftest import tiny_model
+    from models import tiny_model
 
     words = {f"w{i}": i for i in range(319)} | {"[UNK]": 319}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
