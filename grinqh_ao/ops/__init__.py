@@ -7,6 +7,7 @@ Defined through :class:`torch.library.Library`, whose eager call costs a third o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,16 @@ _library.define(
 # The oracle is plain PyTorch: it serves every device that has no kernel of its own.
 _library.impl("decode_linear", oracle.decode_linear, "CompositeExplicitAutograd")
 _library.impl("dequantize", oracle.dequantize, "CompositeExplicitAutograd")
+
+
+def _dequantize_cuda(slices: Tensor, *arguments: Any) -> Tensor:
+    from grinqh_ao.ops.triton.dequantize import dequantize as kernel  # Triton takes long to load
+
+    with torch.cuda.device(slices.device):
+        return kernel(slices, *arguments)
+
+
+_library.impl("dequantize", _dequantize_cuda, "CUDA")
 
 
 @torch.library.register_fake("grinqh::decode_linear")

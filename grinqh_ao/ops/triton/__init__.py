@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs, each with its oracle in ``ops/oracle.py``."""

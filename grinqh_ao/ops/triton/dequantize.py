@@ -1,0 +1,100 @@
+"""``grinqh::dequantize`` on CUDA: slices to a dense weight, one pass, nothing in between.
+
+A program turns ``BLOCK_K`` channels of one tile into dense weights. It holds the words of those
+channels, all slices of them, in registers; each of the 16 fields of a word is one of ``words``
+neighbouring outputs, and one or more whole fields share a scale.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grinqh_ao.codec import SCALE_GROUP, level_values
+from grinqh_ao.slices import FIELDS_PER_WORD
+
+# Words of one slice per program: 64 channels of the widest tile, more of narrower ones.
+BLOCK_WORDS = 2048
+NUM_WARPS = 4
+
+FIELDS = tl.constexpr(FIELDS_PER_WORD)
+GROUP = tl.constexpr(SCALE_GROUP)
+
+
+@triton.jit
+def dequantize_kernel(
+    slices,  # int32 [S, tiles, K, words]
+    scales,  # uint8 [tiles, K, words / 4]
+    row_scale,  # bfloat16 [N]
+    values,  # float32 [4 ** SLICES], the value of every code
+    out,  # [N, K]
+    n,
+    k,
+    slice_stride,  # elements from one slice to the next
+    SLICES: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    word = tl.arange(0, WORDS)
+    inside = channel < k
+    row = tile * k + channel  # of slices and scales
+
+    words = ()
+    for s in tl.static_range(SLICES):
+        pointer = slices + s * slice_stride + row[:, None] * WORDS + word[None, :]
+        words = words + (tl.load(pointer, mask=inside[:, None], other=0),)
+
+    GROUPS: tl.constexpr = FIELDS * WORDS // GROUP
+    for group in tl.static_range(GROUPS):  # whole fields: a scale serves all words of a field
+        exponent = tl.load(scales + row * GROUPS + group, mask=inside, other=0).to(tl.float32)
+        scale = tl.where(exponent > 0, tl.exp2((exponent - 255.0) * 0.0625), 0.0)
+        for j in tl.static_range(FIELDS // GROUPS):
+            field = group * (FIELDS // GROUPS) + j
+            code = (words[0] >> (2 * field)) & 3
+            for s in tl.static_range(1, SLICES):
+                code = (code << 2) | ((words[s] >> (2 * field)) & 3)
+            output = tile * (FIELDS * WORDS) + field * WORDS + word
+            by_output = tl.load(row_scale + output, mask=output < n, other=0).to(tl.float32)
+            dense = tl.load(values + code) * scale[:, None] * by_output[None, :]
+            if out.dtype.element_ty == tl.float16:  # rounding up must not give infinity
+                dense = tl.minimum(tl.maximum(dense, -65504.0), 65504.0)
+            # Slices have a channel's outputs together, the result an output's channels.
+            dense = tl.trans(dense.to(out.dtype.element_ty))
+            pointer = out + output[:, None] * k + channel[None, :]
+            tl.store(pointer, dense, mask=(output < n)[:, None] & inside[None, :])
+
+
+def dequantize(
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    codebook: Tensor,
+    level: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`grinqh_ao.ops.oracle.dequantize`; float32, float16 and bfloat16 results."""
+    _, tiles, k, words = slices.shape
+    n = row_scale.shape[0]
+    if level == 0:
+        return torch.zeros(n, k, dtype=dtype, device=slices.device)
+    out = torch.empty(n, k, dtype=dtype, device=slices.device)
+    block_k = BLOCK_WORDS // words
+    dequantize_kernel[(tiles, triton.cdiv(k, block_k))](
+        slices,
+        scales,
+        row_scale,
+        level_values(codebook, level),
+        out,
+        n,
+        k,
+        slices.stride(0),
+        SLICES=level // 2,
+        WORDS=words,
+        BLOCK_K=block_k,
+        num_warps=NUM_WARPS,
+    )
+    return out
