@@ -1,0 +1,25 @@
+"""The README's Python runs as printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import tiny_model
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_snippets(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert snippets
+    ids = torch.randint(0, 320, (1, 5))
+    names = {
+        "model": tiny_model("llama", tied=True),
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+    for snippet in snippets:
+        exec(snippet, names)
+    assert "bits read per weight and token: 2.50" in capsys.readouterr().out
+    assert names["measured"].body.bits == pytest.approx(2.5, abs=0.25)
