@@ -49,7 +49,11 @@ class GrinqhConfig(AOBaseConfig):
 
 
 def all_but_head(module: nn.Module, fqn: str) -> bool:
-    """A filter for ``quantize_``: every linear layer except the output head."""
+    """A filter for ``quantize_``: every linear layer not named as an output head.
+
+    Filters see names only: ``lm_head`` and ``embed_out``. ``GrinqhConfig(head_bits=None)``, which
+    sees the model, also knows heads of other names.
+    """
     return isinstance(module, nn.Linear) and fqn.rpartition(".")[2] not in HEAD_NAMES
 
 

@@ -73,6 +73,7 @@ class _Counter:
     padded_outputs: int
     bytes_per_call: int
     stored_bytes: int
+    storage: int
     is_head: bool
     tokens: int = 0
     tokens_with_gradient: int = 0
@@ -86,6 +87,7 @@ class _Counter:
             padded_outputs=weight.slices.shape[1] * weight.tile,
             bytes_per_call=weight.row_scale.nbytes + weight.thresholds.nbytes,
             stored_bytes=weight.stored_bytes,
+            storage=weight.slices.data_ptr(),
             is_head=weight.min_bits > 0,
         )
 
@@ -128,7 +130,7 @@ class Measurement:
 
     @property
     def total(self) -> Reading:
-        """All quantized layers.
+        """All quantized layers, each averaged over the tokens that it decoded itself.
 
         Raises:
             ValueError: nothing was decoded.
@@ -149,6 +151,8 @@ class Measurement:
         if not readings:
             return None
         weights = sum(r.weights for r in readings)
+        counters = [self._counters[name] for name in names if name in layers]
+        stored = {c.storage: c.stored_bytes for c in counters}  # tied weights are stored once
         levels = sorted({level for r in readings for level in r.shares})
         return Reading(
             weights=weights,
@@ -159,7 +163,7 @@ class Measurement:
                 level: sum(r.weights * r.shares.get(level, 0.0) for r in readings) / weights
                 for level in levels
             },
-            stored_bytes=sum(r.stored_bytes for r in readings),
+            stored_bytes=sum(stored.values()),
         )
 
     def __str__(self) -> str:

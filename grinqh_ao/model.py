@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grinqh_ao.grading import check_bits
 from grinqh_ao.tensor import GrinqhTensor
@@ -57,12 +58,13 @@ class Summary:
         heads: output heads among them, with the average bits they aim at.
         tied: groups of modules that share one quantized weight.
         dense: names of the weights with two or more dimensions that are not quantized, with the
-            type of their module. Linear layers that were not selected are here too.
+            type of their module, or of their tensor where another quantizer has made it. Linear
+            layers that were not selected are here too.
         bits: average bits per weight that all layers but heads aim at; nan if there is none.
         weights: number of quantized weights.
         all_weights: number of weights with two or more dimensions.
         stored_bytes: of the whole model, as it is now.
-        dense_bytes: of the whole model, had nothing been quantized.
+        dense_bytes: of the whole model, had GRINQH quantized nothing.
     """
 
     quantized: list[str]
@@ -106,13 +108,17 @@ def summary(model: nn.Module) -> Summary:
     kinds: dict[torch.Tensor, str] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
+            if nn.parameter.is_lazy(parameter):
+                continue
             holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
-            kinds.setdefault(parameter, type(module).__name__)
+            plain = type(parameter) in (torch.Tensor, nn.Parameter)
+            kind = type(module).__name__ if plain else type(parameter).__name__
+            kinds.setdefault(parameter, kind)
     nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}
     dense = {t: names for t, names in holders.items() if t not in nested and t.dim() >= 2}
     body = [t for t in nested if not t.min_bits]
-    plain = [t for t in holders if t not in nested]
-    plain += set(model.buffers())
+    others: list[torch.Tensor] = [t for t in holders if t not in nested]
+    others += {t for t in model.buffers() if not nn.parameter.is_lazy(t)}
     weights = sum(t.numel() for t in nested)
     body_weights = sum(t.numel() for t in body)
     return Summary(
@@ -123,7 +129,14 @@ def summary(model: nn.Module) -> Summary:
         bits=sum(t.bits * t.numel() for t in body) / body_weights if body else math.nan,
         weights=weights,
         all_weights=weights + sum(t.numel() for t in dense),
-        stored_bytes=sum(t.nbytes for t in plain) + sum(t.stored_bytes for t in nested),
-        dense_bytes=sum(t.nbytes for t in plain)
-        + sum(t.numel() * t.dtype.itemsize for t in nested),
+        stored_bytes=sum(map(_stored_bytes, others)) + sum(map(_stored_bytes, nested)),
+        dense_bytes=sum(map(_stored_bytes, others)) + sum(t.nbytes for t in nested),
     )
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Of a subclass, be it ours or another quantizer's, what it holds; not what it stands for."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_stored_bytes(getattr(tensor, name)) for name in names)

@@ -50,7 +50,11 @@ def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None
     if not any(layer.module is module for layer in call.layers):
         # Called by hand, or by a filter that changed its mind since TorchAO asked it.
         call.layers.append(Layer("", module, config))
-    _quantize(call)
+    try:
+        _quantize(call)
+    except BaseException:
+        _left_dense.clear()  # TorchAO's walk ends here: it will not come for them
+        raise
     _left_dense.pop(module, None)
 
 
@@ -85,11 +89,12 @@ def _plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
                 "GrinqhConfig quantizes nn.Linear layers"
             )
     todo, reasons = {}, {}
+    selected = {layer.module: layer for layer in call.layers}
     for layer in call.layers:
         if isinstance(layer.weight, GrinqhTensor):
             continue
         is_head = _is_head(call.model, layer, owners)
-        if reason := _why_dense(layer, owners):
+        if reason := _why_dense(layer, selected, owners):
             reasons[layer] = reason
         elif is_head and layer.config.head_bits is None:
             reasons[layer] = "it is the output head, and head_bits is None"
@@ -128,11 +133,13 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
             holder.extra_repr = _ExtraRepr(holder)  # type: ignore[method-assign]
 
 
-def _why_dense(layer: Layer, owners: Owners) -> str:
+def _why_dense(layer: Layer, selected: dict[nn.Module, Layer], owners: Owners) -> str:
     """Why a linear layer cannot be quantized; empty if it can."""
     weight = layer.weight
     if weight is None:
         return "its weight is not a plain parameter"
+    if nn.parameter.is_lazy(weight):
+        return "its weight is not initialized yet"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {type(weight).__name__} already"
     if weight.dtype not in SUPPORTED_DTYPES:
@@ -147,18 +154,20 @@ def _why_dense(layer: Layer, owners: Owners) -> str:
                 return f"it shares its weight with {name}, an embedding: too coarse for it"
         elif not isinstance(owner, nn.Linear):
             return f"it shares its weight with {name}, a {type(owner).__name__}"
+        elif owner not in selected or selected[owner].config != layer.config:
+            return f"it shares its weight with {name}, which is not to be quantized alike"
     return ""
 
 
 def _is_head(model: nn.Module, layer: Layer, owners: Owners) -> bool:
-    """Whether a layer turns hidden states into logits."""
-    if layer.name.rpartition(".")[2] in HEAD_NAMES:
-        return True
+    """Whether a layer, or one that shares its weight, turns hidden states into logits."""
     find = cast(Any, getattr(model, "get_output_embeddings", None))  # transformers
-    if find and find() is layer.module:
-        return True
+    head = find() if find else None
     holders = owners.get(layer.weight, []) if layer.weight is not None else []
-    return any(isinstance(owner, nn.Embedding) for _, owner in holders)
+    return any(
+        name.rpartition(".")[2] in HEAD_NAMES or owner is head or isinstance(owner, nn.Embedding)
+        for name, owner in [(layer.name, layer.module), *holders]
+    )
 
 
 def _say_what_cannot_be_served(call: QuantizeCall, module: nn.Module, parameter_name: str) -> None:

@@ -195,8 +195,10 @@ class GrinqhTensor(TorchAOBaseTensor):
             raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {self.shape[1]}]")
         if not x.is_floating_point():
             raise TypeError(f"input of dtype {x.dtype}: expected floating point")
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        bias = None if bias is None else bias.to(x.dtype)
         start = self.first_decoded_row(x, bias)
         if start is None:
             return F.linear(x, self.dequantize(x.dtype), bias)
@@ -292,11 +294,12 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     return rows
 
 
-@GrinqhTensor.implements(aten.t.default)
+@GrinqhTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     # Nested codes have no transposed form; a dense one is right for whatever product follows.
-    dense: Tensor = args[0].dequantize()
-    return dense.t()
+    weight, *rest = args
+    transposed: Tensor = func(weight.dequantize(), *rest, **kwargs)
+    return transposed
 
 
 @GrinqhTensor.implements(aten._to_copy.default)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from grinqh_ao.config import GrinqhConfig
 from grinqh_ao.selection import Layer
 
 # For every parameter, the (name, module) of all modules that hold it. Tensors hash by identity.
 Owners = dict[Tensor, list[tuple[str, nn.Module]]]
-
-# References to a weight beside its owners', while we ask: the dictionary of owners, two variables
-# and the argument of getrefcount.
-_OUR_REFERENCES = 4
 
 
 def owners_of_parameters(model: nn.Module) -> Owners:
@@ -34,25 +32,39 @@ def held_elsewhere(layers: Iterable[Layer], owners: Owners) -> list[Layer]:
     Such a module exists when a part of a model is quantized, an output head, say. Only the
     garbage collector knows it; it is asked only about weights with more references than owners.
     """
-    suspects: dict[Tensor, Layer] = {}
-    for layer in layers:
-        weight = layer.weight
-        if weight is not None and sys.getrefcount(weight) > len(owners[weight]) + _OUR_REFERENCES:
-            suspects[weight] = layer
-        del weight
-    if not suspects:
-        return []
+    suspects = [
+        layer
+        for layer in layers
+        if layer.weight is not None
+        and _references(layer) > _references_of_one_owner() + len(owners[layer.weight])
+    ]
+    if not suspects or gc.get_freeze_count():  # it does not know what is frozen
+        return suspects
+    weights = [layer.weight for layer in suspects]
     known = {id(module._parameters) for holders in owners.values() for _, module in holders}
     strangers = [
         holder
-        for holder in gc.get_referrers(*suspects)
+        for holder in gc.get_referrers(*weights)
         if isinstance(holder, dict) and id(holder) not in known and _belongs_to_a_module(holder)
     ]
     return [
         layer
-        for weight, layer in suspects.items()
-        if any(value is weight for holder in strangers for value in holder.values())
+        for layer in suspects
+        if any(value is layer.weight for holder in strangers for value in holder.values())
     ]
+
+
+def _references(layer: Layer) -> int:
+    return sys.getrefcount(layer.weight)
+
+
+@functools.cache
+def _references_of_one_owner() -> int:
+    """What :func:`_references` counts for one owner: how many are ours depends on the Python.
+
+    That owner stands for the reference that the dictionary of owners itself holds.
+    """
+    return _references(Layer("", nn.Linear(1, 1), GrinqhConfig()))
 
 
 def _belongs_to_a_module(parameters: dict[str, object]) -> bool:

@@ -1,9 +1,11 @@
 """Output heads, and weights that several modules share."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import quantize_
+from torchao.quantization import FqnToConfig, quantize_
 
 from grinqh_ao import GrinqhConfig, GrinqhTensor, all_but_head, set_bits, summary
 from models import assert_unchanged, layers_of, snapshot, tiny_model
@@ -93,3 +95,62 @@ def test_a_tied_embedding_needs_a_fine_enough_level(log):
     quantize_(model, GrinqhConfig(bits=3, levels=(0, 2, 4)))
     assert model.lm_head.weight is head
     assert "lm_head is left dense: it shares its weight with model.embed_tokens" in log.text
+
+
+def tied_linears() -> nn.ModuleDict:
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "lm_head": nn.Linear(32, 32)})
+    model["lm_head"].weight = model["a"].weight
+    return model
+
+
+def test_a_layer_tied_to_the_head_is_read_as_the_head_is():
+    model = tied_linears()
+    quantize_(model, GrinqhConfig(bits=3))
+    assert model["a"].weight is model["lm_head"].weight
+    assert model["a"].weight.bits == pytest.approx(6)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"config": GrinqhConfig(bits=3, head_bits=None)},
+        {"config": GrinqhConfig(bits=3), "filter_fn": lambda module, name: name == "a"},
+        {
+            "config": FqnToConfig({"a": GrinqhConfig(bits=2), "lm_head": GrinqhConfig(bits=6)}),
+            "filter_fn": None,
+        },
+        {"config": FqnToConfig({"a": GrinqhConfig(), "lm_head": None}), "filter_fn": None},
+    ],
+    ids=["head_bits", "filter", "other bits", "none"],
+)
+def test_tied_layers_are_quantized_alike_or_not_at_all(log, arguments):
+    model = tied_linears()
+    before = snapshot(model)
+    quantize_(model, **arguments)
+    assert_unchanged(model, before)
+    assert "a is left dense" in log.text
+
+
+def test_what_the_collector_cannot_see_is_left_alone(log):
+    model = tiny_model("llama", tied=True)
+    before = snapshot(model)
+    gc.freeze()
+    try:
+        quantize_(model.lm_head, GrinqhConfig(bits=3))
+    finally:
+        gc.unfreeze()
+    assert_unchanged(model, before)
+
+
+def test_a_state_dict_round_trip_of_a_tied_model(tmp_path):
+    """The README's recipe."""
+    model, ids = tiny_model("llama", tied=True), torch.randint(0, 320, (1, 5))
+    quantize_(model, GrinqhConfig(bits=3))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = tiny_model("llama", tied=True)
+    other.load_state_dict(torch.load(tmp_path / "state.pt"), assign=True)
+    other.tie_weights()
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    assert summary(other) == summary(model)
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)

@@ -122,6 +122,15 @@ def test_measures_compiled_models(model):
     assert through_the_wrapper.total == measured.total
 
 
+def test_tied_weights_are_stored_once():
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)).requires_grad_(False)
+    model[1].weight = model[0].weight
+    quantize_(model, GrinqhConfig(bits=3))
+    with measure(model) as measured:
+        model(torch.randn(1, 40))
+    assert measured.total.stored_bytes == model[0].weight.stored_bytes
+
+
 def test_prints_a_table(model):
     with measure(model) as measured:
         model(torch.randn(1, 40))

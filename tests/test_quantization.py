@@ -259,6 +259,17 @@ def test_summary_of_a_dense_model():
     assert "bits" not in text
 
 
+def test_summary_knows_other_quantizers_and_lazy_layers(log):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.LazyLinear(8))
+    quantize_(model[0], Int8WeightOnlyConfig(version=2))
+    quantize_(model, GrinqhConfig(bits=3))
+    assert layers_of(model) == {"1"}
+    assert "2 is left dense: its weight is not initialized yet" in log.text
+    found = summary(model)
+    assert found.dense == {"0": "Int8Tensor"}
+    assert 64 * 64 < found.stored_bytes < 4 * 64 * 64
+
+
 def test_public_names_exist():
     assert all(hasattr(grinqh_ao, name) for name in grinqh_ao.__all__)
 

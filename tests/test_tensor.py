@@ -240,6 +240,26 @@ def test_autocast(weight, rows):
     x = torch.randn(rows, 40)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x, weight).dtype == torch.bfloat16
+        assert F.linear(x.double(), weight).dtype == torch.float64
+
+
+def test_transposed(weight):
+    x, dense = torch.randn(3, 40), weight.dequantize()
+    for transposed in (weight.t(), weight.T, weight.mT, weight.transpose(0, 1)):
+        assert torch.equal(x @ transposed, x @ dense.t())
+
+
+def test_meta_device(weight):
+    for rows in (1, 3):
+        y = F.linear(torch.empty(rows, 40, device="meta"), weight.to("meta"))
+        assert y.shape == (rows, 96)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_bias_of_another_dtype(weight, rows):
+    bias = torch.randn(96)
+    y = F.linear(torch.randn(rows, 40, dtype=torch.bfloat16), weight, bias)
+    assert y.dtype == torch.bfloat16
 
 
 def test_largest_half_precision_weights_stay_finite():

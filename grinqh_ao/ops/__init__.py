@@ -6,8 +6,9 @@ Defined through :class:`torch.library.Library`, whose eager call costs a third o
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,25 @@ _library.impl("decode_linear", oracle.decode_linear, "CompositeExplicitAutograd"
 _library.impl("dequantize", oracle.dequantize, "CompositeExplicitAutograd")
 
 
-def _dequantize_cuda(slices: Tensor, *arguments: Any) -> Tensor:
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _dequantize_cuda(
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    codebook: Tensor,
+    level: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if dtype == torch.float64 or not _has_triton():
+        return oracle.dequantize(slices, scales, row_scale, codebook, level, dtype)
     from grinqh_ao.ops.triton.dequantize import dequantize as kernel  # Triton takes long to load
 
     with torch.cuda.device(slices.device):
-        return kernel(slices, *arguments)
+        return kernel(slices, scales, row_scale, codebook, level, dtype)
 
 
 _library.impl("dequantize", _dequantize_cuda, "CUDA")

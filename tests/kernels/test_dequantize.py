@@ -47,3 +47,11 @@ def test_largest_half_precision_weights_stay_finite():
     weight = GrinqhTensor.from_hp(torch.full((70, 9), 65504.0, dtype=torch.float16))
     arguments = (weight.slices, weight.scales, weight.row_scale, weight.codebook, 8)
     assert torch.isfinite(dequantize(*arguments, torch.float16)).all()
+
+
+def test_arguments_need_not_be_contiguous():
+    weight = GrinqhTensor.from_hp(torch.randn(100, 30))
+    slices = weight.slices.transpose(2, 3).contiguous().transpose(2, 3)
+    scales = weight.scales.transpose(1, 2).contiguous().transpose(1, 2)
+    arguments = (slices, scales, weight.row_scale, weight.codebook, 8, torch.float32)
+    torch.testing.assert_close(dequantize(*arguments), oracle.dequantize(*arguments))

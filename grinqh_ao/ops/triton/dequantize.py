@@ -82,12 +82,13 @@ def dequantize(
     if level == 0:
         return torch.zeros(n, k, dtype=dtype, device=slices.device)
     out = torch.empty(n, k, dtype=dtype, device=slices.device)
+    slices, scales, row_scale = slices.contiguous(), scales.contiguous(), row_scale.contiguous()
     block_k = BLOCK_WORDS // words
     dequantize_kernel[(tiles, triton.cdiv(k, block_k))](
         slices,
         scales,
         row_scale,
-        level_values(codebook, level),
+        level_values(codebook.contiguous(), level),
         out,
         n,
         k,
