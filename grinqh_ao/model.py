@@ -58,8 +58,8 @@ class Summary:
         heads: output heads among them, with the average bits they aim at.
         tied: groups of modules that share one quantized weight.
         dense: names of the weights with two or more dimensions that are not quantized, with the
-            type of their module, or of their tensor where another quantizer has made it. Linear
-            layers that were not selected are here too.
+            type of their module. Linear layers that were not selected are here too.
+        otherwise: the same for weights of another quantizer, with the type of their tensor.
         bits: average bits per weight that all layers but heads aim at; nan if there is none.
         weights: number of quantized weights.
         all_weights: number of weights with two or more dimensions.
@@ -71,6 +71,7 @@ class Summary:
     heads: dict[str, float]
     tied: list[list[str]]
     dense: dict[str, str]
+    otherwise: dict[str, str]
     bits: float
     weights: int
     all_weights: int
@@ -87,35 +88,36 @@ class Summary:
             lines.append(f"  bits read per weight and token: {self.bits:.2f}")
         lines += [f"  output head {name}: {bits:.2f} bits" for name, bits in self.heads.items()]
         lines += [f"  tied, one quantized weight: {' = '.join(names)}" for names in self.tied]
-        lines += [f"  left dense: {line}" for line in self.dense_by_type()]
+        lines += [f"  left dense: {line}" for line in by_type(self.dense)]
+        lines += [f"  quantized otherwise: {line}" for line in by_type(self.otherwise)]
         return "\n".join(lines)
 
-    def dense_by_type(self, but: Collection[str] = ()) -> list[str]:
-        """A line for every type of module with dense weights, except the types in ``but``."""
-        names_of: dict[str, list[str]] = {}
-        for name, kind in self.dense.items():
-            if kind not in but:
-                names_of.setdefault(kind, []).append(name)
-        return [
-            f"{len(names)} in {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-            for kind, names in names_of.items()
-        ]
+
+def by_type(names: dict[str, str], but: Collection[str] = ()) -> list[str]:
+    """A line for every type in a map from names to types, except the types in ``but``."""
+    names_of: dict[str, list[str]] = {}
+    for name, kind in names.items():
+        if kind not in but:
+            names_of.setdefault(kind, []).append(name)
+    return [
+        f"{len(names)} in {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in names_of.items()
+    ]
 
 
 def summary(model: nn.Module) -> Summary:
     """Says how much of ``model`` is quantized and what is not. Waits for the device."""
     holders: dict[torch.Tensor, list[str]] = {}  # tensors hash by identity
-    kinds: dict[torch.Tensor, str] = {}
+    modules: dict[torch.Tensor, nn.Module] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if nn.parameter.is_lazy(parameter):
                 continue
             holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
-            plain = type(parameter) in (torch.Tensor, nn.Parameter)
-            kind = type(module).__name__ if plain else type(parameter).__name__
-            kinds.setdefault(parameter, kind)
+            modules.setdefault(parameter, module)
     nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}
-    dense = {t: names for t, names in holders.items() if t not in nested and t.dim() >= 2}
+    matrices = {t: names[0] for t, names in holders.items() if t not in nested and t.dim() >= 2}
+    foreign = {t for t in matrices if type(t) not in (torch.Tensor, nn.Parameter)}
     body = [t for t in nested if not t.min_bits]
     others: list[torch.Tensor] = [t for t in holders if t not in nested]
     others += {t for t in model.buffers() if not nn.parameter.is_lazy(t)}
@@ -125,10 +127,11 @@ def summary(model: nn.Module) -> Summary:
         quantized=[name for names in nested.values() for name in names],
         heads={names[-1]: t.bits for t, names in nested.items() if t.min_bits},
         tied=[names for names in nested.values() if len(names) > 1],
-        dense={names[0]: kinds[t] for t, names in dense.items()},
+        dense={n: type(modules[t]).__name__ for t, n in matrices.items() if t not in foreign},
+        otherwise={n: type(t).__name__ for t, n in matrices.items() if t in foreign},
         bits=sum(t.bits * t.numel() for t in body) / body_weights if body else math.nan,
         weights=weights,
-        all_weights=weights + sum(t.numel() for t in dense),
+        all_weights=weights + sum(t.numel() for t in matrices),
         stored_bytes=sum(map(_stored_bytes, others)) + sum(map(_stored_bytes, nested)),
         dense_bytes=sum(map(_stored_bytes, others)) + sum(t.nbytes for t in nested),
     )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
-from grinqh_ao.model import summary
+from grinqh_ao.model import by_type, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
 from grinqh_ao.tensor import SUPPORTED_DTYPES, GrinqhTensor
 from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
@@ -74,7 +74,7 @@ def _quantize(call: QuantizeCall) -> None:
                 raise
     if todo:
         after = summary(call.model)
-        for line in after.dense_by_type(but=("Linear", "Embedding")):
+        for line in by_type(after.dense, but=("Linear", "Embedding")):
             logger.warning("GrinqhConfig quantizes nn.Linear layers; left dense: %s", line)
         logger.info("%s", after)
 

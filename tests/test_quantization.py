@@ -266,7 +266,9 @@ def test_summary_knows_other_quantizers_and_lazy_layers(log):
     assert layers_of(model) == {"1"}
     assert "2 is left dense: its weight is not initialized yet" in log.text
     found = summary(model)
-    assert found.dense == {"0": "Int8Tensor"}
+    assert found.otherwise == {"0": "Int8Tensor"}
+    assert found.dense == {}
+    assert "quantized otherwise: 1 in Int8Tensor: 0" in str(found)
     assert 64 * 64 < found.stored_bytes < 4 * 64 * 64
 
 
