@@ -122,7 +122,7 @@ def check_values(weight: Tensor) -> None:
 
 
 def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
-    """Quantizes a weight to nested codes ("quantizer A without clipping" of docs/method.md).
+    """Quantizes a weight to nested codes, as docs/method.md describes.
 
     Works through the weight in blocks of rows, so the peak extra memory is a small part of one
     layer. Levels above ``max_level`` have no say in the choice of codes. A weight with nothing

@@ -138,8 +138,10 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _stored_bytes(tensor: torch.Tensor) -> int:
-    """Of a subclass, be it ours or another quantizer's, what it holds; not what it stands for."""
-    if not is_traceable_wrapper_subclass(tensor):
+    """Of a tensor subclass what it holds, not what it stands for."""
+    if isinstance(tensor, GrinqhTensor):
+        return tensor.stored_bytes
+    if not is_traceable_wrapper_subclass(tensor):  # another quantizer's
         return tensor.nbytes
     names, _ = tensor.__tensor_flatten__()
     return sum(_stored_bytes(getattr(tensor, name)) for name in names)

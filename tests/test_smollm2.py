@@ -1,12 +1,10 @@
 """The claims of the README, on the real model, in short form."""
 
+import os
 import re
 
 import pytest
 import torch
-
-pytest.importorskip("gguf")
-
 from torchao.quantization import quantize_
 
 from grinqh_ao import GrinqhConfig, demo, measure, set_bits
@@ -18,6 +16,8 @@ def loaded():
     try:
         return demo.load(None)
     except SystemExit as missing:
+        if os.environ.get("CI"):  # there, make has installed it: the claims must be tested
+            raise
         pytest.skip(str(missing))
 
 
