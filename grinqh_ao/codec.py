@@ -2,8 +2,11 @@
 
     weight[n, k] ~ row_scale[n] * scale[n // 64, k] * values_b[code[n, k] >> (8 - b)]
 
-for b = 2, 4, 6 or 8 bits: the top bits of a code are the code of a lower level. What a code is
-worth at each level is data (``codebook``), so a better codebook needs no new code anywhere else.
+for b = 2, 4, 6 or 8 bits: the top bits of a code are the code of a lower level. Codes are uniform,
+
+    values_b[c] = gain_b * ((2 c + 1) / 2**b - 1)
+
+so that kernels need one multiplication per weight and no table. The gains are data.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ _ERROR_WEIGHT = {2: 1.0, 4: 8.0, 6: 20.0, 8: 100.0}
 _SCALE_FACTORS = (1.0, 1.08)
 # Weights in units of their scale are rounded to this grid to look their best code up.
 _GRID = 1000
-# Gains of the reconstruction points of each level; below 1 because magnitudes bunch near zero.
-_GAIN = {2: 0.85, 4: 0.985, 6: 1.0, 8: 1.0}
+# Gains of levels 2, 4, 6 and 8; below 1 because magnitudes bunch near zero.
+_GAINS = (0.85, 0.985, 1.0, 1.0)
 # Between these magnitudes every scale is a normal number.
 _TINY = 2.0**-100
 LARGEST = 2.0**100
@@ -53,30 +56,16 @@ class Quantized(NamedTuple):
     row_scale: Tensor
 
 
-# Tables are kept as NumPy arrays: a tensor in a cache would carry the default device, or the fake
-# tensor mode, of whoever came first.
-@functools.cache
-def _default_codebook() -> NDArray[np.float64]:
-    tables = []
-    for bits, gain in _GAIN.items():
-        steps = 2**bits
-        tables.append(gain * ((2 * np.arange(steps) + 1) / steps - 1))
-    return np.concatenate(tables)
+def default_gains(device: torch.device | str = "cpu") -> Tensor:
+    """float32 [4]: the gains of levels 2, 4, 6, 8."""
+    return torch.tensor(_GAINS, dtype=torch.float32, device=device)
 
 
-def default_codebook(device: torch.device | str = "cpu") -> Tensor:
-    """float32 [4 + 16 + 64 + 256]: the value of every code at levels 2, 4, 6, 8, in [-1, 1]."""
-    return torch.from_numpy(_default_codebook().astype(np.float32)).to(device)
-
-
-def level_values(codebook: Tensor, level: int) -> Tensor:
-    """The [2**level] values of one level's codes, a view of ``codebook``."""
-    return codebook[_level_slice(level)]
-
-
-def _level_slice(level: int) -> slice:
-    start = (2**level - 4) // 3  # 4 + 16 + ... of the levels below
-    return slice(start, start + 2**level)
+def level_values(gains: Tensor, level: int) -> Tensor:
+    """float32 [2**level]: the values of one level's codes."""
+    codes = torch.arange(2**level, dtype=torch.float32, device=gains.device)
+    values: Tensor = gains[level // 2 - 1] * ((2 * codes + 1) / 2**level - 1)
+    return values
 
 
 def decode_scales(scale_codes: Tensor) -> Tensor:
@@ -93,6 +82,8 @@ def lookup(table: Tensor, codes: Tensor) -> Tensor:
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
+# Tables are kept as NumPy arrays: a tensor in a cache would carry the default device, or the fake
+# tensor mode, of whoever came first.
 @functools.cache
 def _nearest_codes(max_level: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """For every weight on the grid over [-1, 1]: its best code and what that code's errors cost."""
@@ -101,7 +92,7 @@ def _nearest_codes(max_level: int) -> tuple[NDArray[np.uint8], NDArray[np.float3
     cost = np.zeros((len(grid), len(codes)))
     for level, weight in _ERROR_WEIGHT.items():
         if level <= max_level:
-            values = _default_codebook()[_level_slice(level)]
+            values = _GAINS[level // 2 - 1] * ((2 * np.arange(2**level) + 1) / 2**level - 1)
             cost += weight * (grid[:, None] - values[codes >> (CODE_BITS - level)]) ** 2
     best = cost.argmin(axis=1)
     best[:_GRID] = 2**CODE_BITS - 1 - best[:_GRID:-1]  # ties must not lean to one side

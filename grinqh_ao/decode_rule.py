@@ -1,8 +1,9 @@
 """Which rows of an input are decoded, and the switch that decodes every row.
 
-In generation one row is a token being decoded and several rows are a prompt, which takes the
-dense path. Perplexity and KL divergence run all tokens of a text at once; to judge decoding,
-they ask for the decode rule on every row.
+In generation a few rows are tokens being decoded: one, or those of a batch, of beams, or of an
+assistant's draft. They are decoded together and share what is read. More rows are a prompt, which
+takes the dense path. Perplexity and KL divergence run all tokens of a text at once; to judge
+decoding, they ask for the decode rule on every row by itself.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+# From here on reading all bits once, for a dense product, is taken to be cheaper. To be replaced by
+# a measured crossover per GPU: see docs/kernel.md.
+MAX_DECODED_TOGETHER = 8
+
 _dense_prefix: ContextVar[int | None] = ContextVar("grinqh_dense_prefix", default=None)
 
 
 @contextmanager
 def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
-    """Applies the decode rule to every row of every quantized linear, in this thread.
+    """Applies the decode rule to every row by itself, in every quantized linear, in this thread.
 
     The results are those of token-by-token decoding after a prompt of ``dense_prefix`` tokens.
     While it is active, compiled functions run eagerly, in all threads: compiled graphs do not
@@ -44,9 +49,15 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
 
 def first_decoded_row(x: Tensor) -> int | None:
     """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
-    if x.numel() == x.shape[-1]:
-        return 0
+    rows = x.numel() // x.shape[-1]
     prefix = _dense_prefix.get()
-    if prefix is None or x.dim() < 2 or x.numel() == 0 or prefix >= x.shape[-2]:
+    if rows == 1 or (prefix is None and 1 < rows <= MAX_DECODED_TOGETHER):
+        return 0
+    if prefix is None or x.dim() < 2 or rows == 0 or prefix >= x.shape[-2]:
         return None
     return prefix
+
+
+def decoded_together() -> bool:
+    """Whether decoded rows share the levels of their channels; they do unless the switch is on."""
+    return _dense_prefix.get() is None

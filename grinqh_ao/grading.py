@@ -50,6 +50,15 @@ def expected_bits(lowest_threshold: float, levels: tuple[int, ...]) -> float:
     return bits
 
 
+def level_shares(bits: float, levels: tuple[int, ...] = ALL_LEVELS) -> dict[int, float]:
+    """The share of channels expected at each level, for the same activations."""
+    above = [math.exp(-t) for t in relative_thresholds(bits, levels)[1].tolist()]
+    return {
+        level: more - less
+        for level, more, less in zip(levels, [1.0, *above], [*above, 0.0], strict=True)
+    }
+
+
 def relative_thresholds(bits: float, levels: tuple[int, ...]) -> Tensor:
     """float32 [2, len(levels) - 1]: thresholds for ``bits`` that need no calibration data.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grinqh_ao.codec import SCALE_GROUP
-from grinqh_ao.decode_rule import first_decoded_row
+from grinqh_ao.decode_rule import decoded_together, first_decoded_row
 from grinqh_ao.grading import level_index
 from grinqh_ao.model import quantized_linears
 from grinqh_ao.tensor import GrinqhTensor
@@ -20,6 +20,9 @@ from grinqh_ao.tensor import GrinqhTensor
 @dataclass(frozen=True)
 class Reading:
     """What one layer, or a set of layers, read per decoded token.
+
+    Up to 8 rows that are decoded together (a batch, beams, an assistant's draft) are read once, at
+    the highest level any of them asks for, and count as one token.
 
     Attributes:
         weights: number of weights.
@@ -232,7 +235,9 @@ def _count(
         if first_decoded_row(x) is not None:
             counter.tokens_with_gradient += 1
         return
-    rows = (x[..., start:, :] if x.dim() > 1 else x).detach()
-    index = level_index(rows, weight.thresholds)
+    rows = x.detach()[..., start:, :] if x.dim() > 1 else x.detach()[None]
+    index = level_index(rows, weight.thresholds).flatten(0, -2)
+    if decoded_together():
+        index = index.amax(0, keepdim=True)
     counter.counts += torch.bincount(index.flatten(), minlength=len(counter.counts))
-    counter.tokens += rows.numel() // rows.shape[-1]
+    counter.tokens += len(index)

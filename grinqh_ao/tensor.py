@@ -16,12 +16,12 @@ from grinqh_ao.codec import (
     SCALE_GROUP,
     check_values,
     decode_scales,
-    default_codebook,
+    default_gains,
     level_values,
     lookup,
     quantize,
 )
-from grinqh_ao.decode_rule import first_decoded_row
+from grinqh_ao.decode_rule import decoded_together, first_decoded_row
 from grinqh_ao.grading import (
     ALL_LEVELS,
     check_bits,
@@ -40,16 +40,16 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class GrinqhTensor(TorchAOBaseTensor):
     """A weight [N, K] stored once as nested codes, read at 0, 2, 4, 6 or 8 bits per channel.
 
-    One row of activations goes to ``grinqh::decode_linear``, which chooses the level of every
-    channel from that row. More rows, and inputs that want gradients, take the dense path: the
-    weight at its highest level, dequantized to the dtype of the input.
+    Up to 8 rows of activations go to ``grinqh::decode_linear``, which chooses the level of every
+    channel from them. More rows, and inputs that want gradients, take the dense path: the weight
+    at its highest level, dequantized to the dtype of the input.
 
     Tensor data:
         slices: int32 [S, tiles, K, tile / 16], the codes cut into 2-bit slices, top bits first.
         scales: uint8 [tiles, K, tile / 64], logarithmic scales of 64 outputs of one channel.
         row_scale: bfloat16 [N].
         thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
-        codebook: float32 [340], the value of every code at levels 2, 4, 6 and 8.
+        gains: float32 [4], of levels 2, 4, 6 and 8 (see :mod:`.codec`).
 
     Attributes:
         levels: the bits a channel may be read at, ascending; J + 1 of them.
@@ -57,14 +57,14 @@ class GrinqhTensor(TorchAOBaseTensor):
         dtype: the dtype the tensor presents itself with; the codes know none.
     """
 
-    tensor_data_names = ["slices", "scales", "row_scale", "thresholds", "codebook"]
+    tensor_data_names = ["slices", "scales", "row_scale", "thresholds", "gains"]
     tensor_attribute_names = ["levels", "min_bits", "dtype"]
 
     slices: Tensor
     scales: Tensor
     row_scale: Tensor
     thresholds: Tensor
-    codebook: Tensor
+    gains: Tensor
     levels: tuple[int, ...]
     min_bits: float
 
@@ -74,7 +74,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         scales: Tensor,
         row_scale: Tensor,
         thresholds: Tensor,
-        codebook: Tensor,
+        gains: Tensor,
         levels: tuple[int, ...],
         min_bits: float,
         dtype: torch.dtype,
@@ -90,7 +90,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         scales: Tensor,
         row_scale: Tensor,
         thresholds: Tensor,
-        codebook: Tensor,
+        gains: Tensor,
         levels: tuple[int, ...],
         min_bits: float,
         dtype: torch.dtype,
@@ -100,7 +100,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         self.scales = scales
         self.row_scale = row_scale
         self.thresholds = thresholds
-        self.codebook = codebook
+        self.gains = gains
         self.levels = tuple(levels)
         self.min_bits = min_bits
 
@@ -146,7 +146,7 @@ class GrinqhTensor(TorchAOBaseTensor):
             scale_codes.view(tiles, groups, k).transpose(1, 2).contiguous(),
             row_scale,
             thresholds.to(weight.device),
-            default_codebook(weight.device),
+            default_gains(weight.device),
             levels,
             float(min_bits),
             weight.dtype,
@@ -184,7 +184,7 @@ class GrinqhTensor(TorchAOBaseTensor):
             self.slices,
             self.scales,
             self.row_scale,
-            self.codebook,
+            self.gains,
             level,
             output_dtype or self.dtype,
         )
@@ -202,14 +202,14 @@ class GrinqhTensor(TorchAOBaseTensor):
         start = self.first_decoded_row(x, bias)
         if start is None:
             return F.linear(x, self.dequantize(x.dtype), bias)
-        if x.numel() == x.shape[-1]:
+        if decoded_together() or x.numel() == x.shape[-1]:
             return ops.decode_linear(
                 x,
                 self.slices,
                 self.scales,
                 self.row_scale,
                 self.thresholds,
-                self.codebook,
+                self.gains,
                 bias,
                 self.levels,
             )
@@ -227,7 +227,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         return None if _wants_grad(x) or _wants_grad(bias) else first_decoded_row(x)
 
     def _decode_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The decode rule on every row, as one dense product per level, in float32 or more."""
+        """The decode rule on every row by itself: a dense product per level, in float32 or more."""
         index = level_index(x, self.thresholds)
         dtype = torch.promote_types(x.dtype, torch.float32)
         y = x.new_zeros(*x.shape[:-1], self.shape[0], dtype=dtype)
@@ -243,7 +243,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         row_scale = self.row_scale.index_select(0, rows).float()  # says if an index is out of range
         codes = unpack_rows(self.slices, rows)
         groups = self.scales[rows // self.tile, :, rows % self.tile // SCALE_GROUP]
-        values = lookup(level_values(self.codebook, self.levels[-1]), codes)
+        values = lookup(level_values(self.gains, self.levels[-1]), codes)
         weight = values * decode_scales(groups) * row_scale[:, None]
         return weight.to(self.dtype).view(*indices.shape, -1)
 
@@ -256,8 +256,10 @@ class GrinqhTensor(TorchAOBaseTensor):
         return f"levels={self.levels}, min_bits={self.min_bits:g}, tile={self.tile}"
 
     def _stable_hash_for_caching(self) -> str:
-        # Everything a compiled graph depends on beside the inner tensors' own metadata.
-        return f"{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype}"
+        # Everything a compiled graph depends on beside the inner tensors' own metadata. Their names
+        # too: graphs of another version of this class may lie in a cache on disk.
+        names = ",".join(self.tensor_data_names)
+        return f"{names};{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype}"
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return (
@@ -318,7 +320,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
         move(weight.scales),
         move(weight.row_scale),
         move(weight.thresholds),
-        move(weight.codebook),
+        move(weight.gains),
         weight.levels,
         weight.min_bits,
         dtype,

@@ -15,7 +15,8 @@ def dense_at(weight: GrinqhTensor, level: int) -> Tensor:
     dense = torch.zeros(n, k, dtype=torch.float64)
     if level == 0:
         return dense
-    table = weight.codebook[(2**level - 4) // 3 :][: 2**level].double()
+    codes = torch.arange(2**level, dtype=torch.float64)
+    table = weight.gains[level // 2 - 1].double() * ((2 * codes + 1) / 2**level - 1)
     for row in range(n):
         t, offset = divmod(row, tile)
         field, word = divmod(offset, words)
@@ -38,17 +39,22 @@ def levels_of(x: Tensor, weight: GrinqhTensor) -> list[int]:
 
 def decode(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:
     """float64 [N] for one row x [K]."""
-    levels = levels_of(x, weight)
+    return decode_rows(x[None], weight, bias)[0]
+
+
+def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:
+    """float64 [R, N] for rows x [R, K] that are decoded together."""
+    levels = [max(row) for row in zip(*(levels_of(row, weight) for row in x), strict=True)]
     effective = torch.zeros(weight.shape, dtype=torch.float64)
     for level in set(levels) - {0}:
         channels = torch.tensor([b == level for b in levels])
         effective[:, channels] = dense_at(weight, level)[:, channels]
-    y = effective @ x.double()
+    y = x.double() @ effective.t()
     return y if bias is None else y + bias.double()
 
 
 class PlainLinear(nn.Module):
-    """A linear layer of the same rule: one row is decoded, more take the dense weight."""
+    """A linear layer of the same rule: up to 8 rows are decoded, more take the dense weight."""
 
     def __init__(self, weight: GrinqhTensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -57,8 +63,8 @@ class PlainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) == 1:
-            levels = torch.tensor(levels_of(rows[0], self.nested))
+        if len(rows) <= 8:
+            levels = torch.tensor([levels_of(row, self.nested) for row in rows]).amax(0)
             weight = sum(dense * (levels == level) for level, dense in self.by_level.items())
         else:
             weight = self.by_level[self.nested.levels[-1]]

@@ -26,9 +26,9 @@ def test_every_row_is_decoded_as_if_alone():
 
 def test_a_prefix_as_long_as_the_input_is_dense():
     weight = GrinqhTensor.from_hp(torch.randn(96, 40))
-    x = torch.randn(5, 40)
+    x = torch.randn(9, 40)
     dense = F.linear(x, weight)
-    for prefix in (5, 100):
+    for prefix in (9, 100):
         with decode_every_row(prefix):
             assert torch.equal(F.linear(x, weight), dense)
 
@@ -40,7 +40,7 @@ def test_agrees_with_decoding_token_by_token(family, tied):
     model = tiny_model(family, tied=tied)
     quantize_(model, GrinqhConfig(bits=3))
     ids = torch.randint(0, 320, (1, 24))
-    prompt = 8
+    prompt = 9
     with decode_every_row(dense_prefix=prompt):
         at_once = model(ids, use_cache=False).logits
     output = model(ids[:, :prompt], use_cache=True)
@@ -53,9 +53,20 @@ def test_agrees_with_decoding_token_by_token(family, tied):
     assert (at_once - model(ids, use_cache=False).logits)[:, prompt:].abs().max() > 0.05
 
 
+def test_by_itself_and_together():
+    """A few rows share the highest level of a channel; under the switch each has its own."""
+    weight = GrinqhTensor.from_hp(torch.randn(96, 40), bits=2)
+    x = torch.distributions.Laplace(0.0, 1.0).sample((4, 40))
+    together = F.linear(x, weight)
+    torch.testing.assert_close(together.double(), plain.decode_rows(x, weight), rtol=0, atol=1e-4)
+    with decode_every_row():
+        alone = F.linear(x, weight)
+    assert (together - alone).abs().max() > 0.1
+
+
 def test_is_off_again_afterwards_and_in_other_threads():
     weight = GrinqhTensor.from_hp(torch.randn(96, 40))
-    x = torch.randn(5, 40)
+    x = torch.randn(9, 40)
     dense = F.linear(x, weight)
     elsewhere = []
     with pytest.raises(RuntimeError, match="stop"), decode_every_row():
@@ -74,7 +85,7 @@ def test_compiled_functions_follow_the_switch(inside_first):
     """With the real inductor, whose graphs (and whose cache on disk) know nothing of it."""
     linear = torch.nn.Linear(40, 96)
     quantize_(linear, GrinqhConfig(bits=2))
-    x = torch.distributions.Laplace(0.0, 1.0).sample((5, 40))
+    x = torch.distributions.Laplace(0.0, 1.0).sample((9, 40))
     dense = linear(x)
     with decode_every_row():
         decoded = linear(x)

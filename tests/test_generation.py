@@ -49,8 +49,8 @@ def test_decode_op_is_called_once_per_linear_and_token(family):
     layers = len(list(quantized_linears(model)))
     assert layers == 2 * 7 + 1
     with CountOps() as count:
-        generate(model, torch.randint(0, 320, (1, 7)), max_new_tokens=5)
-    # The prompt yields the first token: its head sees one row already.
+        generate(model, torch.randint(0, 320, (1, 11)), max_new_tokens=5)
+    # Eleven tokens are a prompt. It yields the first token: its head sees one row already.
     assert count.calls[ops.decode_linear] == 1 + 4 * layers
     assert count.calls[ops.dequantize] == layers - 1
 
@@ -59,7 +59,7 @@ def test_beams_and_static_cache(family):
     model = tiny_model(family, tied=True)
     quantize_(model, GrinqhConfig(bits=3))
     same = plain.plain_model(copy.deepcopy(model))
-    ids = torch.randint(0, 320, (1, 7))
+    ids = torch.randint(0, 320, (1, 11))
     expected = generate(model, ids)
     assert generate(model, ids, cache_implementation="static") == expected
     assert generate(model, ids, num_beams=3) == generate(same, ids, num_beams=3)
@@ -98,7 +98,7 @@ def test_inductor_gives_the_same_logits(family):
     quantize_(model, GrinqhConfig(bits=3))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
-    for rows in (1, 5):
+    for rows in (1, 5, 11):
         ids = torch.randint(0, 320, (1, rows))
         expected = model(ids, use_cache=False).logits
         found = compiled(ids, use_cache=False).logits

@@ -14,6 +14,7 @@ from grinqh_ao.grading import (
     check_levels,
     expected_bits,
     level_index,
+    level_shares,
     relative_thresholds,
     threshold_ratios,
 )
@@ -129,3 +130,10 @@ def test_bad_bits(bits):
         check_bits(bits, ALL_LEVELS)
     with pytest.raises(ValueError, match="at least 2"):
         check_bits(1.5, (2, 4))
+
+
+@pytest.mark.parametrize("bits", [0.5, 2, 3, 4.5, 8])
+def test_shares_of_levels_average_to_the_bits(bits):
+    shares = level_shares(bits)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert sum(level * share for level, share in shares.items()) == pytest.approx(bits)

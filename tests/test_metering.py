@@ -67,7 +67,7 @@ def test_heads_count_in_the_total_only():
 
 
 def test_prompts_do_not_count_unless_every_row_is_decoded(model):
-    x = torch.randn(2, 5, 40)
+    x = torch.randn(2, 5, 40)  # ten rows are a prompt
     with measure(model) as measured:
         model(x)
         with pytest.raises(ValueError, match="no quantized layer saw a single row"):
@@ -78,6 +78,16 @@ def test_prompts_do_not_count_unless_every_row_is_decoded(model):
     with measure(model) as again, decode_every_row():
         model(x[:, 3:])
     assert again.layers["0"] == measured.layers["0"]
+
+
+def test_rows_decoded_together_are_read_once(model):
+    rows = torch.distributions.Laplace(0.0, 1.0).sample((3, 40))
+    with measure(model) as measured:
+        model(rows[:, None])
+    each = [plain.levels_of(row, model[0].weight) for row in rows]
+    levels = [max(of) for of in zip(*each, strict=True)]
+    assert measured._counters["0"].tokens == 1
+    assert measured.layers["0"].bits == pytest.approx(sum(levels) / 40)
 
 
 def test_gradient_passes_do_not_count(model):

@@ -18,7 +18,7 @@ def arguments(weight: GrinqhTensor, bias: torch.Tensor | None = None) -> tuple:
         weight.scales,
         weight.row_scale,
         weight.thresholds,
-        weight.codebook,
+        weight.gains,
         bias,
         weight.levels,
     )
@@ -34,7 +34,7 @@ def cases(draw):
     if draw(st.booleans()):  # calibrated thresholds are absolute
         weight.thresholds[0] = weight.thresholds[1].clamp(max=1e30)
         weight.thresholds[1] = 0
-    x = torch.distributions.Laplace(0.0, 1.0).sample((1, k))
+    x = torch.distributions.Laplace(0.0, 1.0).sample((draw(st.integers(1, 4)), k))
     x = x.to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])))
     return weight, x, torch.randn(n) if draw(st.booleans()) else None
 
@@ -43,7 +43,7 @@ def cases(draw):
 def test_decode_linear(case):
     weight, x, bias = case
     found = ops.decode_linear(x, *arguments(weight, bias))
-    expected = plain.decode(x[0], weight, bias)
+    expected = plain.decode_rows(x, weight, bias)
     tolerance = {
         torch.float64: 1e-6,
         torch.float32: 1e-5,
@@ -51,9 +51,9 @@ def test_decode_linear(case):
         torch.bfloat16: 2e-2,
     }
     size = float(expected.abs().max()) + 1e-6
-    assert found.shape == (1, weight.shape[0])
+    assert found.shape == (len(x), weight.shape[0])
     assert found.dtype == x.dtype
-    assert (found[0].double() - expected).abs().max() <= tolerance[x.dtype] * size
+    assert (found.double() - expected).abs().max() <= tolerance[x.dtype] * size
 
 
 @given(cases())
@@ -83,13 +83,13 @@ def test_opcheck():
     weight = GrinqhTensor.from_hp(torch.randn(70, 9))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for bias in (None, torch.randn(70)):
-        for shape in [(9,), (1, 9), (1, 1, 9)]:
+        for shape in [(9,), (1, 9), (1, 1, 9), (2, 3, 9)]:
             torch.library.opcheck(
                 ops.decode_linear, (torch.randn(shape), *arguments(weight, bias)), test_utils=tests
             )
     torch.library.opcheck(
         ops.dequantize,
-        (weight.slices, weight.scales, weight.row_scale, weight.codebook, 6, torch.bfloat16),
+        (weight.slices, weight.scales, weight.row_scale, weight.gains, 6, torch.bfloat16),
         test_utils=tests,
     )
 

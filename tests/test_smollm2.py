@@ -39,7 +39,7 @@ def test_smollm2_at_three_bits(loaded):
     assert at_3.agreement > 0.8
 
     set_bits(model, 2)
-    token = tokenizer("The capital of France is", return_tensors="pt")
+    token = tokenizer("Paris is the capital of France, and Rome that of", return_tensors="pt")
     with measure(model) as measured:
         model.generate(**token, max_new_tokens=4, do_sample=False)
     assert measured.body.bits == pytest.approx(2, abs=0.25)

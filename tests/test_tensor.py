@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -44,31 +45,31 @@ def weight() -> GrinqhTensor:
     return GrinqhTensor.from_hp(torch.randn(96, 40))
 
 
-def test_one_row_decodes_and_more_rows_are_dense(weight):
-    x = torch.randn(3, 40)
+def test_up_to_eight_rows_decode_and_more_are_dense(weight):
+    x = torch.randn(9, 40)
     dense = weight.dequantize()
     torch.testing.assert_close(F.linear(x, weight), x @ dense.t())
-    for shape in [(40,), (1, 40), (1, 1, 40)]:
-        row = x[0].view(shape)
+    for shape in [(40,), (1, 40), (1, 1, 40), (2, 40), (8, 1, 40), (2, 3, 40)]:
+        rows = x.flatten()[: math.prod(shape)].view(shape)
         expected = ops.decode_linear(
-            row, weight.slices, weight.scales, weight.row_scale, weight.thresholds,
-            weight.codebook, None, weight.levels,
+            rows, weight.slices, weight.scales, weight.row_scale, weight.thresholds,
+            weight.gains, None, weight.levels,
         )  # fmt: skip
-        found = F.linear(row, weight)
+        found = F.linear(rows, weight)
         assert found.shape == (*shape[:-1], 96)
         assert torch.equal(found, expected)
-        assert not torch.allclose(found, F.linear(row, dense))
+        assert not torch.allclose(found, F.linear(rows, dense))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_output_has_the_dtype_of_the_input(weight, dtype, rows):
     assert F.linear(torch.randn(rows, 40, dtype=dtype), weight).dtype == dtype
 
 
 def test_bias_by_position_and_by_keyword(weight):
     bias = torch.randn(96)
-    for rows in (1, 3):
+    for rows in (1, 3, 9):
         x = torch.randn(rows, 40)
         expected = F.linear(x, weight) + bias
         torch.testing.assert_close(F.linear(x, weight, bias), expected)
@@ -77,7 +78,7 @@ def test_bias_by_position_and_by_keyword(weight):
 
 def test_gradients_take_the_dense_path(weight):
     dense = weight.dequantize()
-    for rows in (1, 3):
+    for rows in (1, 3, 9):
         for requires_grad in ("x", "bias"):
             x = torch.randn(rows, 40, requires_grad=requires_grad == "x")
             bias = torch.randn(96, requires_grad=requires_grad == "bias")
@@ -199,7 +200,7 @@ def test_to_changes_the_dtype_it_presents(weight):
 def test_stored_size_is_what_is_held():
     weight = GrinqhTensor.from_hp(torch.randn(512, 1024))
     codes, scales, rows = 512 * 1024, 512 // 64 * 1024, 2 * 512
-    assert weight.stored_bytes == codes + scales + rows + 2 * 4 * 4 + 340 * 4
+    assert weight.stored_bytes == codes + scales + rows + 2 * 4 * 4 + 4 * 4
 
 
 def linear_with(weight: GrinqhTensor) -> nn.Linear:
@@ -235,7 +236,7 @@ def test_loading_across_types_names_the_remedy(weight):
             target.load_state_dict(source.state_dict())
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_autocast(weight, rows):
     x = torch.randn(rows, 40)
     with torch.autocast("cpu", torch.bfloat16):
@@ -250,12 +251,12 @@ def test_transposed(weight):
 
 
 def test_meta_device(weight):
-    for rows in (1, 3):
+    for rows in (1, 3, 9):
         y = F.linear(torch.empty(rows, 40, device="meta"), weight.to("meta"))
         assert y.shape == (rows, 96)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_bias_of_another_dtype(weight, rows):
     bias = torch.randn(96)
     y = F.linear(torch.randn(rows, 40, dtype=torch.bfloat16), weight, bias)

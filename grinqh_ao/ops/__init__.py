@@ -19,10 +19,10 @@ _library = torch.library.Library("grinqh", "DEF")
 
 _library.define(
     "decode_linear(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, Tensor thresholds, "
-    "Tensor codebook, Tensor? bias, int[] levels) -> Tensor"
+    "Tensor gains, Tensor? bias, int[] levels) -> Tensor"
 )
 _library.define(
-    "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor codebook, int level, "
+    "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, int level, "
     "ScalarType dtype) -> Tensor"
 )
 
@@ -36,22 +36,45 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+# Kernels are imported when first needed: Triton takes long to load.
+def _decode_linear_cuda(
+    x: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    thresholds: Tensor,
+    gains: Tensor,
+    bias: Tensor | None,
+    levels: Sequence[int],
+) -> Tensor:
+    if _has_triton():
+        from grinqh_ao.ops.triton import decode
+
+        if decode.supports(x, slices):
+            with torch.cuda.device(x.device):
+                return decode.decode_linear(
+                    x, slices, scales, row_scale, thresholds, gains, bias, levels
+                )
+    return oracle.decode_linear(x, slices, scales, row_scale, thresholds, gains, bias, levels)
+
+
 def _dequantize_cuda(
     slices: Tensor,
     scales: Tensor,
     row_scale: Tensor,
-    codebook: Tensor,
+    gains: Tensor,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
     if dtype == torch.float64 or not _has_triton():
-        return oracle.dequantize(slices, scales, row_scale, codebook, level, dtype)
-    from grinqh_ao.ops.triton.dequantize import dequantize as kernel  # Triton takes long to load
+        return oracle.dequantize(slices, scales, row_scale, gains, level, dtype)
+    from grinqh_ao.ops.triton.dequantize import dequantize as kernel
 
     with torch.cuda.device(slices.device):
-        return kernel(slices, scales, row_scale, codebook, level, dtype)
+        return kernel(slices, scales, row_scale, gains, level, dtype)
 
 
+_library.impl("decode_linear", _decode_linear_cuda, "CUDA")
 _library.impl("dequantize", _dequantize_cuda, "CUDA")
 
 
@@ -62,7 +85,7 @@ def _(
     scales: Tensor,
     row_scale: Tensor,
     thresholds: Tensor,
-    codebook: Tensor,
+    gains: Tensor,
     bias: Tensor | None,
     levels: Sequence[int],
 ) -> Tensor:
@@ -74,7 +97,7 @@ def _(
     slices: Tensor,
     scales: Tensor,
     row_scale: Tensor,
-    codebook: Tensor,
+    gains: Tensor,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:

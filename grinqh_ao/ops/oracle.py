@@ -22,21 +22,22 @@ def decode_linear(
     scales: Tensor,
     row_scale: Tensor,
     thresholds: Tensor,
-    codebook: Tensor,
+    gains: Tensor,
     bias: Tensor | None,
     levels: Sequence[int],
 ) -> Tensor:
-    """One row times a nested weight, each channel read at the level its activation asks for.
+    """A few rows times a nested weight, each channel read at the level its activations ask for.
 
+    Rows share what is read: the level of a channel is the highest that any row asks for.
     Accumulates in float32, or in float64 for a float64 ``x``.
 
     Args:
-        x: [..., K] with one row in all.
+        x: [..., K], float32, float16, bfloat16 or float64; kernels take 1 to 8 rows in all.
         slices: int32 [S, tiles, K, tile / 16].
         scales: uint8 [tiles, K, tile / 64], see :func:`grinqh_ao.codec.decode_scales`.
         row_scale: bfloat16 [N].
         thresholds: float32 [2, len(levels) - 1].
-        codebook: float32 [4 + 16 + 64 + 256].
+        gains: float32 [4].
         bias: [N] or None.
         levels: bits per weight of each level, ascending.
 
@@ -46,21 +47,23 @@ def decode_linear(
     _, tiles, k, _ = slices.shape
     n = row_scale.shape[0]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    row = x.reshape(k)
-    index = level_index(row, thresholds)
-    y = torch.zeros(tiles, scales.shape[2], SCALE_GROUP, dtype=dtype, device=x.device)
+    rows = x.reshape(-1, k)
+    index = level_index(rows, thresholds).amax(0)
+    groups = scales.shape[2]
+    y = torch.zeros(len(rows), tiles, groups, SCALE_GROUP, dtype=dtype, device=x.device)
     for i, level in enumerate(levels):
         channels = (index == i).nonzero().squeeze(1)
         if level == 0 or channels.numel() == 0:
             continue
-        table = level_values(codebook, level).to(dtype)
+        table = level_values(gains, level).to(dtype)
         read = slices[: level // 2, :, channels]
-        scaled_x = decode_scales(scales[:, channels]).to(dtype) * row[channels, None].to(dtype)
+        scale = decode_scales(scales[:, channels]).to(dtype)
+        active = rows[:, channels].to(dtype)
         for block in tile_blocks(read):
             values = lookup(table, unpack(read[:, block]))  # [tiles, channels, tile]
             values = values.unflatten(2, (-1, SCALE_GROUP))
-            y[block] += torch.einsum("tkg,tkgn->tgn", scaled_x[block], values)
-    out = y.flatten()[:n] * row_scale.to(dtype)
+            y[:, block] += torch.einsum("rk,tkg,tkgn->rtgn", active, scale[block], values)
+    out = y.flatten(1)[:, :n] * row_scale.to(dtype)
     if bias is not None:
         out = out + bias.to(dtype)
     return out.to(x.dtype).reshape(*x.shape[:-1], n)
@@ -70,7 +73,7 @@ def dequantize(
     slices: Tensor,
     scales: Tensor,
     row_scale: Tensor,
-    codebook: Tensor,
+    gains: Tensor,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -84,7 +87,7 @@ def dequantize(
     weight = torch.zeros(n, k, dtype=dtype, device=slices.device)
     if level == 0:
         return weight
-    table = level_values(codebook, level).to(torch.promote_types(dtype, torch.float32))
+    table = level_values(gains, level).to(torch.promote_types(dtype, torch.float32))
     for block in tile_blocks(slices):
         codes = unpack(slices[: level // 2, block]).transpose(1, 2)  # [tiles, tile, K]
         dense = lookup(table, codes).view(-1, SCALE_GROUP, k)

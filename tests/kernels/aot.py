@@ -8,41 +8,166 @@ the tests' own process kernels are interpreted.
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grinqh_ao.ops.triton import dequantize
+from grinqh_ao.ops.triton import configurations, decode_fma, decode_mma, dequantize
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Instructions of the pipe that runs integer and logic operations, half as wide as issue.
+ALU = re.compile(
+    "LOP3|SHF|IADD3?|LEA|ISETP|PRMT|SEL|VIADD|VIADDMNMX|VIMNMX|IMNMX|SGXT|FSETP|FSEL|FMNMX3?|"
+    "P2R|R2P|PLOP3|POPC|BMSK"
+)
+
+DECODE = {
+    "x": "*bf16",
+    "slices": "*i32",
+    "scales": "*u8",
+    "row_scale": "*bf16",
+    "thresholds": "*fp32",
+    "gains": "*fp32",
+    "bias": "*bf16",
+    "out": "*bf16",
+    "entries_at": "*i64",
+    "entries_x": "*fp32",
+    "multipliers": "*fp32",
+    "partial": "*fp32",
+    "arrivals": "*i32",
+    "rows": "i32",
+    "n": "i32",
+    "k": "i32",
+    "chunk": "i32",
+    "capacity": "i32",
+    "slice_words": "i32",
+}
+DEQUANTIZE = {
+    "slices": "*i32",
+    "scales": "*u8",
+    "row_scale": "*bf16",
+    "gains": "*fp32",
+    "out": "*bf16",
+    "n": "i32",
+    "k": "i32",
+    "slice_stride": "i32",
+}
+INDIVISIBLE = {"n", "rows", "chunk", "capacity"}  # by 16; of the rest Triton knows that at run time
 
 
-def compile_for(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, warps: int
-) -> dict[str, Any]:
-    """Registers, memory that is not registers, and vector widths of one compiled kernel."""
-    # As at run time: Triton specialises on pointers and sizes that 16 divides.
+class Job(NamedTuple):
+    form: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    capability: int
+    warps: int
+    registers: int | None
+    # Weights and slices per thread, of the whole kernel or of a step of its two loops.
+    work: dict[str, float]
+
+
+def decode_job(form: str, rows: int, words: int, capability: int) -> Job:
+    kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
+    floats = {"x": "*fp32", "bias": "*fp32", "out": "*fp32"} if form == "fma" else {}
+    constants = {
+        "LEVELS": (0, 2, 4, 6, 8),
+        "ROWS": rows,
+        "WORDS": words,
+        "BLOCK": 512,
+        "MEAN_BLOCK": 4096,
+        "SPLITS_AT_ONCE": 8192 // (16 * words),
+        "INTERPRET": False,
+    }
+    if form == "mma":
+        entries = (8, 16)
+    else:
+        channels = decode_fma.lanes_per_row(words, rows) / configurations.WARPS
+        entries = (channels, 2 * channels)
+    # A warp's entries; a pair is two slices of 16 * words weights, a single one.
+    work = {
+        "pairs": 2 * entries[0] * 16 * words / 32,
+        "singles": entries[1] * 16 * words / 32,
+    }
+    return Job(
+        f"decode, {form}, rows {rows}, tile {16 * words}",
+        kernel,
+        {name: (DECODE | floats)[name] for name in kernel.arg_names if name in DECODE},
+        constants,
+        capability,
+        configurations.WARPS,
+        configurations.REGISTERS_OF_ONE_ROW if rows == 1 else None,
+        work,
+    )
+
+
+def dequantize_job(slices: int, words: int, capability: int) -> Job:
+    constants = {"SLICES": slices, "WORDS": words, "BLOCK_K": dequantize.BLOCK_WORDS // words}
+    work = {"all": 16 * dequantize.BLOCK_WORDS / (32 * dequantize.NUM_WARPS)}
+    return Job(
+        f"dequantize, {slices} slices, tile {16 * words}",
+        dequantize.dequantize_kernel,
+        DEQUANTIZE,
+        constants,
+        capability,
+        dequantize.NUM_WARPS,
+        None,
+        work,
+    )
+
+
+def jobs() -> list[Job]:
+    every = [
+        job
+        for capability in CAPABILITIES
+        for job in (
+            decode_job("mma", 1, 32, capability),
+            decode_job("fma", 1, 32, capability),
+            dequantize_job(4, 32, capability),
+        )
+    ]
+    some = [
+        job
+        for capability in (80, 90)
+        for job in (
+            decode_job("mma", 1, 16, capability),
+            decode_job("mma", 4, 32, capability),
+            decode_job("mma", 8, 32, capability),
+            decode_job("fma", 8, 32, capability),
+            decode_job("fma", 1, 4, capability),
+            dequantize_job(2, 4, capability),
+        )
+    ]
+    return every + some
+
+
+def report(job: Job) -> dict[str, Any]:
+    """Registers, memory that is not registers, instructions and layouts of one compiled kernel."""
     divisible = [
-        i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name != "n"
+        i
+        for i, (name, kind) in enumerate(job.signature.items())
+        if kind[0] == "*" or name not in INDIVISIBLE
     ]
     source = ASTSource(
-        fn=kernel,
-        signature=signature | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
+        fn=job.kernel,
+        signature=job.signature | dict.fromkeys(job.constants, "constexpr"),
+        constexprs=job.constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    target = GPUTarget("cuda", job.capability, 32)
+    options = {"num_warps": job.warps} | ({"maxnreg": job.registers} if job.registers else {})
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -51,17 +176,26 @@ def compile_for(
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, shared, local = map(int, found.groups())
+    instructions = _instructions(sass)
     return {
-        "capability": capability,
+        "form": job.form,
+        "capability": job.capability,
+        "work": job.work,
         "registers": registers,
         "stack": stack,
         "shared": shared,
         "local": local,
-        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", sass)),
-        "spill_stores": len(re.findall(r"\bSTL\b", sass)),
-        "loads_128_bit": len(re.findall(r"\bLDG\.E\S*\.128", sass)),
-        "stores_128_bit": len(re.findall(r"\bSTG\.E\S*\.128", sass)),
+        "all": _count(instructions),
+        "loops": [
+            _count([i for i in instructions if start <= i[0] <= end])
+            for start, end in _loops(instructions)
+        ],
+        "mma_layouts": _mma_layouts(compiled.asm["ttgir"]),
     }
+
+
+def numbered_report(number: int) -> dict[str, Any]:
+    return report(jobs()[number])  # a kernel cannot be sent to another process, a number can
 
 
 def _cuobjdump(option: str, file: str) -> str:
@@ -69,31 +203,50 @@ def _cuobjdump(option: str, file: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def reports() -> Iterator[dict[str, Any]]:
-    signature = {
-        "slices": "*i32",
-        "scales": "*u8",
-        "row_scale": "*bf16",
-        "values": "*fp32",
-        "out": "*bf16",
-        "n": "i32",
-        "k": "i32",
-        "slice_stride": "i32",
+def _instructions(sass: str) -> list[tuple[int, str, str]]:
+    """(address, operation, operands)"""
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);"
+    return [(int(a, 16), op, rest) for a, op, rest in re.findall(pattern, sass)]
+
+
+def _loops(instructions: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """First and last address of every loop: a branch backwards ends it."""
+    loops = []
+    for address, op, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    return sorted(loops)
+
+
+def _count(instructions: list[tuple[int, str, str]]) -> dict[str, int]:
+    names = collections.Counter(op.split(".")[0] for _, op, _ in instructions)
+    full = [op for _, op, _ in instructions]
+    return {
+        "instructions": len(instructions),
+        "alu": sum(count for name, count in names.items() if ALU.fullmatch(name)),
+        "mma": names["HMMA"],
+        "fma": names["FFMA"] + 2 * names["FFMA2"],
+        "shared_memory": names["LDS"] + names["STS"] + names["SHFL"] + names["BAR"],
+        "spills": names["STL"] + names["LDL"],
+        "flushing": sum(op.startswith("FFMA") and ".FTZ" in op for op in full),
+        "loads_128_bit": sum(op.startswith("LDG") and ".128" in op for op in full),
+        "stores_128_bit": sum(op.startswith("STG") and ".128" in op for op in full),
+        "loads_of_others": sum(op.startswith("LDG") and ".STRONG.GPU" in op for op in full),
     }
-    for capability in CAPABILITIES:
-        for slices, words in ((4, 32), (2, 4)):
-            block_k = dequantize.BLOCK_WORDS // words
-            constants = {"SLICES": slices, "WORDS": words, "BLOCK_K": block_k}
-            form = {
-                "form": f"dequantize, {slices} slices, tile {16 * words}",
-                "weights_per_thread": 16 * dequantize.BLOCK_WORDS // (32 * dequantize.NUM_WARPS),
-            }
-            yield form | compile_for(
-                dequantize.dequantize_kernel, signature, constants, capability, dequantize.NUM_WARPS
-            )
+
+
+def _mma_layouts(ttgir: str) -> list[str]:
+    """The layouts, written out, of all operands of the instructions on tensor cores."""
+    names = set()
+    for line in ttgir.splitlines():
+        if "mma.sync" in line:
+            names |= set(re.findall(r"tensor<[^>]*, (#\w+)>", line))
+    return sorted(re.search(rf"^{name} = (.*)$", ttgir, re.M)[1] for name in names)
 
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter compiles nothing"
-    for report in reports():
-        print(json.dumps(report), flush=True)
+    with ProcessPoolExecutor() as pool:
+        for line in pool.map(numbered_report, range(len(jobs()))):
+            print(json.dumps(line), flush=True)

@@ -26,7 +26,7 @@ def weights(draw) -> GrinqhTensor:
 @given(weights(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_equals_the_oracle(weight, dtype):
     for level in weight.levels:
-        arguments = (weight.slices, weight.scales, weight.row_scale, weight.codebook, level)
+        arguments = (weight.slices, weight.scales, weight.row_scale, weight.gains, level)
         expected = oracle.dequantize(*arguments, dtype)
         found = dequantize(*arguments, dtype)
         assert found.dtype == dtype
@@ -39,13 +39,13 @@ def test_wide_tiles():
     assert weight.tile == 128
     weight = GrinqhTensor.from_hp(torch.randn(1000, 70))
     assert weight.tile == 512
-    arguments = (weight.slices, weight.scales, weight.row_scale, weight.codebook, 8, torch.float32)
+    arguments = (weight.slices, weight.scales, weight.row_scale, weight.gains, 8, torch.float32)
     torch.testing.assert_close(dequantize(*arguments), oracle.dequantize(*arguments))
 
 
 def test_largest_half_precision_weights_stay_finite():
     weight = GrinqhTensor.from_hp(torch.full((70, 9), 65504.0, dtype=torch.float16))
-    arguments = (weight.slices, weight.scales, weight.row_scale, weight.codebook, 8)
+    arguments = (weight.slices, weight.scales, weight.row_scale, weight.gains, 8)
     assert torch.isfinite(dequantize(*arguments, torch.float16)).all()
 
 
@@ -53,5 +53,5 @@ def test_arguments_need_not_be_contiguous():
     weight = GrinqhTensor.from_hp(torch.randn(100, 30))
     slices = weight.slices.transpose(2, 3).contiguous().transpose(2, 3)
     scales = weight.scales.transpose(1, 2).contiguous().transpose(1, 2)
-    arguments = (slices, scales, weight.row_scale, weight.codebook, 8, torch.float32)
+    arguments = (slices, scales, weight.row_scale, weight.gains, 8, torch.float32)
     torch.testing.assert_close(dequantize(*arguments), oracle.dequantize(*arguments))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grinqh_ao.codec import SCALE_GROUP, level_values
+from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.slices import FIELDS_PER_WORD
 
 # Words of one slice per program: 64 channels of the widest tile, more of narrower ones.
@@ -28,7 +28,7 @@ def dequantize_kernel(
     slices,  # int32 [S, tiles, K, words]
     scales,  # uint8 [tiles, K, words / 4]
     row_scale,  # bfloat16 [N]
-    values,  # float32 [4 ** SLICES], the value of every code
+    gains,  # float32 [4]
     out,  # [N, K]
     n,
     k,
@@ -48,6 +48,9 @@ def dequantize_kernel(
         pointer = slices + s * slice_stride + row[:, None] * WORDS + word[None, :]
         words = words + (tl.load(pointer, mask=inside[:, None], other=0),)
 
+    gain = tl.load(gains + SLICES - 1)
+    STEP: tl.constexpr = 2.0 / 4**SLICES
+    LOWEST: tl.constexpr = 1.0 / 4**SLICES - 1.0
     GROUPS: tl.constexpr = FIELDS * WORDS // GROUP
     for group in tl.static_range(GROUPS):  # whole fields: a scale serves all words of a field
         exponent = tl.load(scales + row * GROUPS + group, mask=inside, other=0).to(tl.float32)
@@ -59,7 +62,8 @@ def dequantize_kernel(
                 code = (code << 2) | ((words[s] >> (2 * field)) & 3)
             output = tile * (FIELDS * WORDS) + field * WORDS + word
             by_output = tl.load(row_scale + output, mask=output < n, other=0).to(tl.float32)
-            dense = tl.load(values + code) * scale[:, None] * by_output[None, :]
+            value = gain * (code.to(tl.float32) * STEP + LOWEST)
+            dense = value * scale[:, None] * by_output[None, :]
             if out.dtype.element_ty == tl.float16:  # rounding up must not give infinity
                 dense = tl.minimum(tl.maximum(dense, -65504.0), 65504.0)
             # Slices have a channel's outputs together, the result an output's channels.
@@ -72,7 +76,7 @@ def dequantize(
     slices: Tensor,
     scales: Tensor,
     row_scale: Tensor,
-    codebook: Tensor,
+    gains: Tensor,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -88,7 +92,7 @@ def dequantize(
         slices,
         scales,
         row_scale,
-        level_values(codebook.contiguous(), level),
+        gains.contiguous(),
         out,
         n,
         k,

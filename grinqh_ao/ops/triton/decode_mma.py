@@ -1,0 +1,403 @@
+"""``grinqh::decode_linear`` on tensor cores: for float16 and bfloat16, tiles of 256 and 512.
+
+Codes are unpacked with one instruction for two weights. A word of a slice has two halves of 8
+fields; masked with 3 << 2 f in both halves it is a pair of float16 numbers q * 2**(2 f - 24):
+subnormal ones, exact, with no offset to cancel. A word of nibbles (a pair of slices) likewise.
+
+    mma.m16n8k16      D[16 outputs, 8] += A[16 outputs, 16] B[16, 8]
+
+A takes such words as they are. Lane 4 g + t has word g of the channels t and t + 4 of eight
+channels; the two halves of a word are two of the 16 indices that A and B are multiplied over, but
+different outputs. Hence a column of B has x in the lower half and zero in the upper one, or the
+other way round, and yields the outputs of lower or of upper fields. One row of activations needs
+two of the eight columns for each pair of scale groups, so the columns are the groups: column c has
+x times the scale of group c, and mma number j, of fields 2 j and 2 j + 1, is right in columns j
+and j + 4, the only ones that are kept. More rows take a column each, once per group.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grinqh_ao.ops.triton.combine import combine
+from grinqh_ao.ops.triton.configurations import WARPS
+from grinqh_ao.ops.triton.lists import (
+    build_lists,
+    decode_scale,
+    has_pairs,
+    has_singles,
+    merge,
+    power_of_two,
+    scales_at,
+    words_at,
+)
+
+NUM_WARPS = tl.constexpr(WARPS)
+# x is scaled to at most 2 ** TOP: products with scales and gains, at most 1, stay below 65504.
+TOP = tl.constexpr(14)
+MMA = tl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+)
+MMA_REGISTERS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
+# 7.5 and 1.5, twice: what the mean of all nibbles and of all 2-bit codes is.
+HALVES_7_5 = tl.constexpr(0x47804780)
+HALVES_1_5 = tl.constexpr(0x3E003E00)
+
+
+@triton.jit
+def mma(acc, a0, a1, a2, a3, b0, b1, INTERPRET: tl.constexpr):
+    """acc: a tuple of four, for rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 twice."""
+    if INTERPRET:
+        # A is [warps, row g, t, V], B [warps, column, t, 1]; both become [warps, g, column, t, V].
+        top = tl.zeros((1, 1, 1, 1), tl.float32)
+        bottom = top
+        for upper in tl.static_range(2):
+            for a_top, a_bottom, b in ((a0, a1, b0), (a2, a3, b1)):
+                b = tl.expand_dims((b >> 16 * upper).to(tl.int16), 1)
+                b = b.to(tl.float16, bitcast=True).to(tl.float32)
+                a = tl.expand_dims((a_top >> 16 * upper).to(tl.int16), 2)
+                top += tl.sum(a.to(tl.float16, bitcast=True).to(tl.float32) * b, 3)
+                a = tl.expand_dims((a_bottom >> 16 * upper).to(tl.int16), 2)
+                bottom += tl.sum(a.to(tl.float16, bitcast=True).to(tl.float32) * b, 3)
+        # [warps, g, 8, V] -> [warps, g, t, column 2 t or 2 t + 1, V]
+        SHAPE: tl.constexpr = (top.shape[0], 8, 4, 2, top.shape[3])
+        odd = tl.arange(0, 2)[None, None, None, :, None] == 1
+        top = tl.reshape(top, SHAPE)
+        bottom = tl.reshape(bottom, SHAPE)
+        return (
+            acc[0] + tl.sum(tl.where(odd, 0.0, top), 3),
+            acc[1] + tl.sum(tl.where(odd, top, 0.0), 3),
+            acc[2] + tl.sum(tl.where(odd, 0.0, bottom), 3),
+            acc[3] + tl.sum(tl.where(odd, bottom, 0.0), 3),
+        )
+    else:
+        d0, d1, d2, d3 = tl.inline_asm_elementwise(
+            MMA,
+            MMA_REGISTERS,
+            [a0, a1, a2, a3, b0, b1, acc[0], acc[1], acc[2], acc[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        return d0, d1, d2, d3
+
+
+@triton.jit
+def load_entries(at, x, block_capacity, BLOCKS: tl.constexpr):
+    """Of one channel per lane: where it is, and its x, in blocks of up to four rows."""
+    xs = ()
+    for block in tl.static_range(BLOCKS):
+        xs = xs + (tl.load(x + block * block_capacity),)
+    return tl.load(at), xs
+
+
+@triton.jit
+def load_scales(scales, at, WORDS: tl.constexpr, ROWS: tl.constexpr):
+    """Scale codes of one channel per lane: with one row of its column's group, else of four."""
+    pointer = scales + scales_at(at)
+    codes = ()
+    for j in tl.static_range(1 if ROWS == 1 else 4):
+        codes = codes + (tl.load(pointer + 2 * j * WORDS // 64),)
+    return codes
+
+
+@triton.jit
+def multiplier(x, scale_code, shift):
+    """x * scale as float16 bits in the half that the column asks for."""
+    bits = (x * decode_scale(scale_code)).to(tl.float16).to(tl.int16, bitcast=True)
+    return (bits.to(tl.int32) & 0xFFFF) << shift
+
+
+@triton.jit
+def multipliers(xs, codes, shift, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
+    """B registers of one channel per lane: one, or one for every j and block of rows."""
+    bs = ()
+    for j in tl.static_range(1 if ROWS == 1 else 4):
+        for block in tl.static_range(BLOCKS):
+            bs = bs + (multiplier(xs[block], codes[j], shift),)
+    return bs
+
+
+@triton.constexpr_function
+def field_bit(field):
+    """Lowest bit of a 2-bit field within its half, once shifted if it must be."""
+    return 2 * field if field < 5 else 2 * (field - 5)
+
+
+@triton.constexpr_function
+def both_halves(mask):
+    return mask | mask << 16
+
+
+@triton.jit
+def operands(lower, upper, low, high, j: tl.constexpr, NIBBLES: tl.constexpr):
+    """A registers of mma j: fields 2 j and 2 j + 1, of the channels t and t + 4.
+
+    lower and upper are the words of these channels, low and high the same shifted, each for even
+    fields and for odd ones.
+    """
+    if NIBBLES:
+        mask: tl.constexpr = both_halves(15 << (4 * (j % 2)))
+        if j < 2:
+            return lower[0] & mask, lower[1] & mask, upper[0] & mask, upper[1] & mask
+        else:
+            return low[0] & mask, low[1] & mask, high[0] & mask, high[1] & mask
+    else:
+        even: tl.constexpr = both_halves(3 << field_bit(2 * j))
+        odd: tl.constexpr = both_halves(3 << field_bit(2 * j + 1))
+        if j < 2:
+            return lower[0] & even, lower[1] & odd, upper[0] & even, upper[1] & odd
+        elif j == 2:  # field 4 fits, 5 does not
+            return lower[0] & even, low[1] & odd, upper[0] & even, high[1] & odd
+        else:
+            return low[0] & even, low[1] & odd, high[0] & even, high[1] & odd
+
+
+@triton.jit
+def four_of(acc, i: tl.constexpr):
+    return acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]
+
+
+@triton.jit
+def accumulate(
+    acc, sums, lower, upper, b0, b1, NIBBLES: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """acc += codes * multipliers, sums += mean code * multipliers, over eight channels a warp."""
+    ones = tl.zeros_like(b0[0]) + (HALVES_7_5 if NIBBLES else HALVES_1_5)
+    new_sums = ()
+    for i in tl.static_range(len(b0)):
+        s = (sums[2 * i], sums[2 * i + 1], sums[2 * i], sums[2 * i + 1])
+        s = mma(s, ones, ones, ones, ones, b0[i], b1[i], INTERPRET)
+        new_sums = new_sums + (s[0], s[1])
+    # Fields beyond the lowest 10 bits of a half are shifted there.
+    SHIFT: tl.constexpr = 8 if NIBBLES else 10
+    low = (lower[0] >> SHIFT, lower[1] >> SHIFT)
+    high = (upper[0] >> SHIFT, upper[1] >> SHIFT)
+    new = ()
+    for j in tl.static_range(4):
+        a = operands(lower, upper, low, high, j, NIBBLES)
+        for block in tl.static_range(BLOCKS):
+            c = four_of(acc, j * BLOCKS + block)
+            # One row: a B register serves all of the fields. More: one for each group and block.
+            b = (b0[0], b1[0]) if ROWS == 1 else (b0[j * BLOCKS + block], b1[j * BLOCKS + block])
+            new = new + mma(c, a[0], a[1], a[2], a[3], b[0], b[1], INTERPRET)
+    return new, new_sums
+
+
+@triton.constexpr_function
+def single_unit(field):
+    """What an accumulator of 2-bit codes has to be multiplied with."""
+    return 2.0 ** (24 - field_bit(field))
+
+
+@triton.constexpr_function
+def pair_to_single(field):
+    """From the unit of an accumulator of nibbles to that of 2-bit codes."""
+    return 2.0 ** (field_bit(field) - 4 * ((field // 2) % 2))
+
+
+@triton.jit
+def pairs_to_singles(acc, BLOCKS: tl.constexpr):
+    new = ()
+    for j in tl.static_range(4):
+        for block in tl.static_range(BLOCKS):
+            c = four_of(acc, j * BLOCKS + block)
+            new = new + (c[0] * pair_to_single(2 * j), c[1] * pair_to_single(2 * j))
+            new = new + (c[2] * pair_to_single(2 * j + 1), c[3] * pair_to_single(2 * j + 1))
+    return new
+
+
+@triton.jit
+def sum_warps(c):
+    """Four [warps, g, t, V] -> their sums over warps, [g, t, V, odd column, lower row]."""
+    return tl.sum(tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3])), 0)
+
+
+@triton.jit
+def store_sums(
+    partial,  # float32 [ROWS, padded], where this tile begins
+    padded,
+    acc,
+    sums,
+    factor,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    V: tl.constexpr = WORDS // 8
+    g = tl.arange(0, 8)[:, None, None, None, None]
+    t = tl.arange(0, 4)[None, :, None, None, None]
+    v = tl.arange(0, V)[None, None, :, None, None]
+    column = tl.arange(0, 2)[None, None, None, :, None]
+    bottom = tl.arange(0, 2)[None, None, None, None, :]
+    word = g * V + v
+    if ROWS == 1:
+        # Column 2 t + c belongs to mma 2 (t % 2) + c, of lower fields if t < 2, else of upper.
+        even = (tl.arange(0, 4) % 2 == 0)[None, None, :, None]
+        values = ()
+        for i in tl.static_range(4):
+            here = acc[4 * (i % 2) + i] * single_unit(2 * (i % 2) + i // 2)
+            there = acc[4 * (i % 2) + 8 + i] * single_unit(2 * (i % 2) + i // 2 + 4)
+            values = values + (tl.where(even, here, there) - sums[i % 2],)
+        total = sum_warps(values) * factor
+        field = 4 * (t % 2) + 2 * column + bottom + 8 * (t // 2)
+        tl.store(partial + field * WORDS + word, total)
+    else:
+        for j in tl.static_range(4):
+            for block in tl.static_range(BLOCKS):
+                c = four_of(acc, j * BLOCKS + block)
+                values = ()
+                for i in tl.static_range(4):
+                    value = c[i] * single_unit(2 * j + i // 2)
+                    values = values + (value - sums[2 * (j * BLOCKS + block) + i % 2],)
+                total = sum_warps(values) * factor
+                row = 4 * block + 2 * (t % 2) + column
+                field = 2 * j + bottom + 8 * (t // 2)
+                tl.store(partial + row * padded + field * WORDS + word, total)
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def decode_mma_kernel(
+    x,  # float16 or bfloat16 [rows, k]
+    slices,  # int32 [S, tiles, k, WORDS]
+    scales,  # uint8 [tiles, k, WORDS / 4]
+    row_scale,  # bfloat16 [n]
+    thresholds,  # float32 [2, len(LEVELS) - 1]
+    gains,  # float32 [4]
+    bias,  # [n] or None
+    out,  # [rows, n]
+    entries_at,  # int64 [programs, capacity], see lists.py
+    entries_x,  # float32 [programs, ROWS, capacity]
+    partial,  # float32 [splits, ROWS, tiles * TILE]
+    arrivals,  # int32 [tiles]
+    rows,
+    n,
+    k,
+    chunk,
+    capacity,
+    slice_words,  # words from one slice to the next
+    LEVELS: tl.constexpr,
+    ROWS: tl.constexpr,  # 1, 4 or 8
+    WORDS: tl.constexpr,  # 32 or 16
+    BLOCK: tl.constexpr,
+    MEAN_BLOCK: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    tiles = tl.num_programs(0)
+    splits = tl.num_programs(1)
+    PAIRS: tl.constexpr = 8 * NUM_WARPS  # entries per step
+    SINGLES: tl.constexpr = 16 * NUM_WARPS
+    BLOCKS: tl.constexpr = (ROWS + 3) // 4
+    V: tl.constexpr = WORDS // 8
+    TILE: tl.constexpr = 16 * WORDS
+    GROUPS: tl.constexpr = WORDS // 4
+
+    first = split * chunk
+    last = tl.minimum(first + chunk, k)
+    program = (split * tiles + tile).to(tl.int64)
+    entries_at += program * capacity
+    entries_x += program * capacity * ROWS
+    to_single = 2 * chunk + SINGLES
+    single_at = entries_at + to_single
+    single_x = entries_x + to_single
+    num_pairs, num_singles, exponent = build_lists(
+        x, thresholds, gains, entries_at, entries_x, single_at, single_x, capacity, first, last,
+        rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, SINGLES, TOP,
+    )  # fmt: skip
+    tl.debug_barrier()
+
+    # Tensors are [warps, g, t, V]: lane 4 g + t. Entries and B registers are loaded in this shape
+    # too, so that nothing moves between lanes.
+    warp = tl.arange(0, NUM_WARPS)[:, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None]  # also the column of a B register
+    t = tl.arange(0, 4)[None, None, :, None]
+    v = tl.arange(0, V)[None, None, None, :]
+    shift = 16 * (g // 4)
+    if ROWS == 1:
+        group = g * WORDS // 32
+        row = 0 * g
+    else:
+        group = 8 * (g // 4) * WORDS // 64
+        row = g % 4
+    upper_words = slices + tile.to(tl.int64) * k * WORDS + (g * V + v)
+    lower_words = upper_words + slice_words
+    scales = scales + tile.to(tl.int64) * k * GROUPS + group
+
+    acc = ()
+    for _ in tl.static_range(16 * BLOCKS):
+        acc = acc + (tl.zeros((NUM_WARPS, 8, 4, V), tl.float32),)
+    sums = ()
+    for _ in tl.static_range(2 if ROWS == 1 else 8 * BLOCKS):
+        sums = sums + (tl.zeros((NUM_WARPS, 8, 4, 1), tl.float32),)
+
+    # Both loops load four rows of words per lane and step, and the entries of the next step.
+    if has_pairs(LEVELS):
+        at = entries_at + (warp * 8 + t + 0 * g)
+        xs = entries_x + (warp * 8 + t + row * capacity)
+        at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
+        at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
+        for _ in range(0, num_pairs, PAIRS):
+            u0 = tl.load(upper_words + words_at(at0, WORDS))
+            u1 = tl.load(upper_words + words_at(at1, WORDS))
+            l0 = tl.load(lower_words + words_at(at0, WORDS))
+            l1 = tl.load(lower_words + words_at(at1, WORDS))
+            s0 = load_scales(scales, at0, WORDS, ROWS)
+            s1 = load_scales(scales, at1, WORDS, ROWS)
+            b0 = multipliers(x0, s0, shift, BLOCKS, ROWS)
+            b1 = multipliers(x1, s1, shift, BLOCKS, ROWS)
+            at += PAIRS
+            xs += PAIRS
+            at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
+            at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
+            words0 = merge(u0, l0, INTERPRET)
+            words1 = merge(u1, l1, INTERPRET)
+            acc, sums = accumulate(acc, sums, words0, words1, b0, b1, True, BLOCKS, ROWS, INTERPRET)
+        acc = pairs_to_singles(acc, BLOCKS)
+
+    if has_singles(LEVELS):
+        at = single_at + (warp * 16 + t + 0 * g)
+        xs = single_x + (warp * 16 + t + row * capacity)
+        at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
+        at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
+        at2, x2 = load_entries(at + 8, xs + 8, 4 * capacity, BLOCKS)
+        at3, x3 = load_entries(at + 12, xs + 12, 4 * capacity, BLOCKS)
+        for _ in range(0, num_singles, SINGLES):
+            w0 = tl.load(upper_words + words_at(at0, WORDS))
+            w1 = tl.load(upper_words + words_at(at1, WORDS))
+            w2 = tl.load(upper_words + words_at(at2, WORDS))
+            w3 = tl.load(upper_words + words_at(at3, WORDS))
+            s0 = load_scales(scales, at0, WORDS, ROWS)
+            s1 = load_scales(scales, at1, WORDS, ROWS)
+            s2 = load_scales(scales, at2, WORDS, ROWS)
+            s3 = load_scales(scales, at3, WORDS, ROWS)
+            b0 = multipliers(x0, s0, shift, BLOCKS, ROWS)
+            b1 = multipliers(x1, s1, shift, BLOCKS, ROWS)
+            b2 = multipliers(x2, s2, shift, BLOCKS, ROWS)
+            b3 = multipliers(x3, s3, shift, BLOCKS, ROWS)
+            at += SINGLES
+            xs += SINGLES
+            at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
+            at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
+            at2, x2 = load_entries(at + 8, xs + 8, 4 * capacity, BLOCKS)
+            at3, x3 = load_entries(at + 12, xs + 12, 4 * capacity, BLOCKS)
+            acc, sums = accumulate(
+                acc, sums, (w0, w0), (w1, w1), b0, b1, False, BLOCKS, ROWS, INTERPRET
+            )
+            acc, sums = accumulate(
+                acc, sums, (w2, w2), (w3, w3), b2, b3, False, BLOCKS, ROWS, INTERPRET
+            )
+
+    store_sums(
+        partial + (split * ROWS).to(tl.int64) * tiles * TILE + tile * TILE, tiles * TILE, acc, sums,
+        power_of_two(-exponent), WORDS, ROWS, BLOCKS,
+    )  # fmt: skip
+    combine(
+        partial, arrivals, row_scale, bias, out, tile, splits, rows, n, tiles * TILE, TILE, ROWS,
+        SPLITS_AT_ONCE,
+    )  # fmt: skip

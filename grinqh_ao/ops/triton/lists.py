@@ -1,0 +1,207 @@
+"""The first part of a decode kernel: which channels to read, and how far.
+
+A program grades its chunk of channels and writes down what is to be read, densely packed, so that
+the loops that follow touch nothing else and need no masks. There are two lists:
+
+    pairs    two slices of a channel, read together: 4 bits more of it
+    singles  one slice: 2 bits more
+
+so that level 2 is a single, level 4 a pair, level 6 a pair and a single, level 8 two pairs. An
+entry is where the slices are, and what their codes are to be multiplied with: with q the code of
+a slice and s its place (0 is the top one), a channel contributes to an output
+
+    x * scale * gain * sum_s 0.5 * 4**-s * (q_s - 1.5)
+
+whose pairs are 0.5 * 4**-(s + 1) * ((4 q_s + q_(s+1)) - 7.5).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import triton
+import triton.language as tl
+
+# A scale code c stands for 2 ** ((c - 255) / 16), and 0 for 0: see codec.decode_scales.
+OCTAVE = tl.constexpr(1 / 16)
+TOP_OCTAVE = tl.constexpr(-255 / 16)
+# (a & ~mask) | (b & mask); the last number is the truth table of that.
+SELECT = tl.constexpr("lop3.b32 $0, $1, $2, 0x33333333, 0xd8;")
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.constexpr_function
+def has_pairs(levels):
+    return max(levels) >= 4
+
+
+@triton.constexpr_function
+def has_singles(levels):
+    return 2 in levels or 6 in levels
+
+
+@triton.jit
+def mean_magnitude(x, k, BLOCK: tl.constexpr):
+    """Mean |x| of one row [k], in the same order in every program."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, k, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        total += tl.abs(tl.load(x + channel, mask=channel < k, other=0).to(tl.float32))
+    return tl.sum(total, 0) / k
+
+
+@triton.constexpr_function
+def evenly_spaced(levels):
+    return all(b - a == 2 for a, b in itertools.pairwise(levels))
+
+
+@triton.jit
+def slices_of(magnitude, thresholds, mean, LEVELS: tl.constexpr):
+    """Slices to read of every channel: ``grading.level_index``, mapped to levels / 2."""
+    STEPS: tl.constexpr = len(LEVELS) - 1
+    index = tl.zeros_like(magnitude).to(tl.int32)
+    for j in tl.static_range(STEPS):
+        threshold = tl.load(thresholds + j) + tl.load(thresholds + STEPS + j) * mean
+        # Not `magnitude > threshold`: NaN is to be read at the highest level.
+        index += (~(magnitude <= tl.minimum(threshold, FLOAT32_MAX))).to(tl.int32)
+    if evenly_spaced(LEVELS):
+        return index + LEVELS[0] // 2
+    else:
+        slices = tl.zeros_like(index) + LEVELS[0] // 2
+        for j in tl.static_range(STEPS):
+            slices = tl.where(index > j, LEVELS[j + 1] // 2, slices)
+        return slices
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2 ** exponent for int32 exponents of normal float32 numbers."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def place_of(channel, WORDS: tl.constexpr):
+    return (channel * WORDS).to(tl.int64) | ((channel * (WORDS // 4)).to(tl.int64) << 32)
+
+
+@triton.jit
+def words_at(entry, WORDS: tl.constexpr):
+    """Offset of an entry's words; a multiple of WORDS, so that they are loaded in vectors."""
+    return tl.multiple_of(entry.to(tl.int32), [WORDS] * len(entry.shape))
+
+
+@triton.jit
+def scales_at(entry):
+    return (entry >> 32).to(tl.int32)
+
+
+@triton.jit
+def build_lists(
+    x,  # [rows, k]
+    thresholds,  # float32 [2, len(LEVELS) - 1]
+    gains,  # float32 [4]
+    pair_at,  # int64 [2 * chunk + PADDING], where words | where scales << 32, of one tile
+    pair_x,  # float32 [ROWS, capacity], what the codes are multiplied with, but for the scale
+    single_at,  # int64 [chunk + PADDING]
+    single_x,  # float32 [ROWS, capacity]
+    capacity,
+    first,  # channels first .. last - 1
+    last,
+    rows,
+    k,
+    two_slices,  # words from slice s to slice s + 2
+    LEVELS: tl.constexpr,
+    WORDS: tl.constexpr,  # of one channel, in one slice of one tile
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least last - first
+    MEAN_BLOCK: tl.constexpr,
+    PADDING: tl.constexpr,  # entries that multiply with zero behind the last one
+    TOP: tl.constexpr,  # x is scaled by a power of two that puts the largest at 2 ** TOP
+):
+    """Returns the lengths of both lists and the exponent of the power of two."""
+    STEPS: tl.constexpr = len(LEVELS) - 1
+    channel = first + tl.arange(0, BLOCK)
+    inside = channel < last
+
+    relative = 0.0
+    for j in tl.static_range(STEPS):
+        relative += tl.load(thresholds + STEPS + j)
+
+    # Several rows share what is read: a channel's level is the highest that any of them asks for.
+    slices = tl.zeros((BLOCK,), tl.int32)
+    largest = 0.0
+    for r in range(ROWS):
+        mask = inside & (r < rows)
+        magnitude = tl.abs(tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32))
+        largest = tl.maximum(largest, tl.max(magnitude, 0))
+        mean = 0.0
+        if (relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
+            mean = mean_magnitude(x + r * k, k, MEAN_BLOCK)
+        wanted = slices_of(magnitude, thresholds, mean, LEVELS)
+        slices = tl.maximum(slices, tl.where(mask, wanted, 0))
+
+    # Infinity has exponent 128 here, zero -127; within these bounds no product overflows, and all
+    # rows above 2 ** -100 keep their precision.
+    exponent = TOP - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    gain = tl.load(gains + slices - 1, mask=slices > 0, other=0) * power_of_two(exponent)
+
+    pairs = slices >> 1
+    single = slices & 1
+    ones = pairs | (single << 16)
+    before = tl.cumsum(ones, 0) - ones
+    total = tl.sum(ones, 0)
+    num_pairs = total & 0xFFFF
+    num_singles = total >> 16
+
+    at = place_of(channel, WORDS)
+    low_at = at + two_slices
+    place = before & 0xFFFF
+    tl.store(pair_at + place, at, mask=pairs > 0)
+    tl.store(pair_at + place + 1, low_at, mask=pairs > 1)
+    single_place = before >> 16
+    tl.store(single_at + single_place, tl.where(pairs > 0, low_at, at), mask=single > 0)
+    pad = tl.arange(0, PADDING)
+    nowhere = place_of(0 * pad + first, WORDS)
+    tl.store(pair_at + num_pairs + pad, nowhere)
+    tl.store(single_at + num_singles + pad, nowhere)
+
+    for r in range(ROWS):
+        mask = inside & (r < rows)
+        value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32) * gain
+        here = r * capacity
+        tl.store(pair_x + here + place, value * 0.125, mask=pairs > 0)
+        tl.store(pair_x + here + place + 1, value * (0.125 / 16), mask=pairs > 1)
+        value = value * tl.where(pairs > 0, 0.5 / 16, 0.5)
+        tl.store(single_x + here + single_place, value, mask=single > 0)
+        zeros = tl.zeros((PADDING,), tl.float32)
+        tl.store(pair_x + here + num_pairs + pad, zeros)
+        tl.store(single_x + here + num_singles + pad, zeros)
+    return num_pairs, num_singles, exponent
+
+
+@triton.jit
+def decode_scale(code):
+    return tl.where(code > 0, tl.exp2(tl.fma(code.to(tl.float32), OCTAVE, TOP_OCTAVE)), 0.0)
+
+
+@triton.jit
+def select(a, b, INTERPRET: tl.constexpr):
+    """The bits 0xCC... of a and 0x33... of b, in one instruction."""
+    if INTERPRET:
+        return (a & -0x33333334) | (b & 0x33333333)
+    else:
+        return tl.inline_asm_elementwise(
+            SELECT,
+            "=r,r,r",
+            [a, b],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def merge(upper, lower, INTERPRET: tl.constexpr):
+    """Two slices' words -> words of nibbles 4 * upper + lower: of even fields, and of odd ones."""
+    return select(upper << 2, lower, INTERPRET), select(upper, lower >> 2, INTERPRET)

@@ -1,0 +1,179 @@
+"""The CUDA kernels of ``grinqh::decode_linear``, interpreted on the CPU, against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+import plain
+from grinqh_ao import GrinqhTensor
+from grinqh_ao.ops.triton.decode import launch
+from grinqh_ao.ops.triton.lists import SELECT
+
+LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
+# Of the largest output. Tensor cores take activations times scales in float16.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = list(TOLERANCE)
+
+
+def decode(x, weight, bias=None, chunk=None):
+    counters = torch.zeros(weight.slices.shape[1], dtype=torch.int32)
+    found = launch(
+        x,
+        weight.slices,
+        weight.scales,
+        weight.row_scale,
+        weight.thresholds,
+        weight.gains,
+        bias,
+        weight.levels,
+        chunk or weight.shape[1],
+        counters,
+        interpret=True,
+    )
+    assert not counters.any()  # as the next launch needs them
+    return found
+
+
+def assert_decoded(x, weight, bias=None, chunk=None):
+    found = decode(x, weight, bias, chunk)
+    expected = plain.decode_rows(x, weight, bias)
+    assert found.dtype == x.dtype
+    assert found.shape == expected.shape
+    allowed = TOLERANCE[x.dtype] * float(expected.abs().max())
+    allowed += torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps  # of the result
+    assert float((found.double() - expected).abs().max()) <= allowed
+
+
+def laplace(*shape: int) -> torch.Tensor:
+    return torch.distributions.Laplace(0.0, 1.0).sample(shape)
+
+
+def absolute(weight: GrinqhTensor, *thresholds: float) -> GrinqhTensor:
+    """Calibrated thresholds are absolute."""
+    weight.thresholds[0] = torch.tensor(thresholds)
+    weight.thresholds[1] = 0
+    return weight
+
+
+@st.composite
+def cases(draw):
+    n, k = draw(st.integers(1, 600)), draw(st.integers(1, 100))
+    levels = draw(st.sampled_from(LEVEL_SETS))
+    bits = draw(st.floats(max(levels[0], 0.5), levels[-1]))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dense = torch.randn(n, k) * torch.rand(k)
+    dense[:, draw(st.integers(0, k - 1))] = 0
+    weight = GrinqhTensor.from_hp(dense, bits, levels)
+    if draw(st.booleans()):
+        absolute(weight, *weight.thresholds[1].clamp(max=1e30))
+    rows = draw(st.sampled_from([1, 1, 1, 2, 3, 5, 8]))
+    x = laplace(rows, k).to(draw(st.sampled_from(DTYPES)))
+    bias = torch.randn(n).to(x.dtype) if draw(st.booleans()) else None
+    return weight, x, bias, draw(st.integers(1, k))
+
+
+@settings(max_examples=20)
+@given(cases())
+def test_equals_the_rule(case):
+    weight, x, bias, chunk = case
+    assert_decoded(x, weight, bias, max(chunk, weight.shape[1] // 2))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [64, 128, 256, 1024])
+def test_every_tile_width_and_number_of_rows(n, rows):
+    weight = GrinqhTensor.from_hp(torch.randn(n, 40), bits=4)
+    assert weight.tile == min(n, 512)
+    assert_decoded(laplace(rows, 40), weight, chunk=25)
+    assert_decoded(laplace(rows, 40).half(), weight, chunk=25)
+
+
+def test_equal_inputs_give_equal_bits_whatever_the_memory_held():
+    weight = GrinqhTensor.from_hp(torch.randn(256, 60))
+    for x in (laplace(1, 60), laplace(1, 60).half()):
+        found = decode(x, weight, chunk=20)
+        assert torch.equal(found, decode(x, weight, chunk=20))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestEdges:
+    @pytest.fixture
+    def weight(self) -> GrinqhTensor:
+        torch.manual_seed(0)
+        return GrinqhTensor.from_hp(torch.randn(250, 70))
+
+    def test_all_skipped(self, weight, dtype):
+        absolute(weight, 9, 9, 9, 9)
+        bias = torch.randn(250).to(dtype)
+        assert not decode(laplace(1, 70).to(dtype).clamp(-8, 8), weight).any()
+        assert torch.equal(decode(torch.ones(1, 70, dtype=dtype), weight, bias)[0], bias)
+
+    @pytest.mark.parametrize("slices", [1, 2, 3, 4])
+    def test_all_at_one_level(self, weight, dtype, slices):
+        absolute(weight, *[0.0] * slices, *[100.0] * (4 - slices))
+        x = laplace(1, 70).to(dtype) + 0.1
+        assert plain.levels_of(x[0], weight) == [2 * slices] * 70
+        assert_decoded(x, weight, chunk=30)
+
+    def test_one_active_channel(self, weight, dtype):
+        absolute(weight, 1, 2, 3, 4)
+        x = torch.full((1, 70), 0.5, dtype=dtype)
+        for channel, value in [(0, 1.5), (69, -3.5), (31, 5.0)]:
+            one = x.clone()
+            one[0, channel] = value
+            assert_decoded(one, weight, chunk=32)
+
+    def test_ties_at_a_threshold(self, weight, dtype):
+        absolute(weight, 0.25, 0.5, 1, 2)
+        x = torch.tensor([0.25, -0.5, 1, -2, 2.0, 0, 3]).repeat(10)[None].to(dtype)
+        assert plain.levels_of(x[0], weight)[:7] == [0, 2, 4, 6, 6, 0, 8]
+        assert_decoded(x, weight)
+
+    def test_negative_zero(self, weight, dtype):
+        x = laplace(1, 70).to(dtype)
+        x[0, ::2] = -0.0
+        assert_decoded(x, weight)
+        assert not decode(torch.full((1, 70), -0.0, dtype=dtype), weight).any()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_what_is_not_finite_reaches_every_output(self, weight, dtype, value):
+        x = laplace(1, 70).to(dtype)
+        x[0, 3] = value
+        found = decode(x, weight, chunk=30)
+        assert not torch.isfinite(plain.decode_rows(x, weight)).any()
+        assert not torch.isfinite(found).any()
+
+    def test_extreme_sizes(self, weight, dtype):
+        largest = torch.finfo(dtype).max
+        x = laplace(1, 70).clamp(-8, 8)
+        for size in (largest / 2**40, 1e-6, max(torch.finfo(dtype).tiny * 4, 2.0**-100)):
+            assert_decoded((x * size).to(dtype), weight)
+
+    def test_outliers(self, weight, dtype):
+        """Massive activations must not take the precision of the others."""
+        x = laplace(1, 70)
+        x[0, 5] = 3000
+        dense = torch.randn(250, 70)
+        dense[:, 5] = 0
+        weight = absolute(GrinqhTensor.from_hp(dense), 0.0, 0.0, 0.0, 0.0)
+        assert_decoded(x.to(dtype), weight)
+
+
+def test_truth_table_of_the_instruction_that_is_not_interpreted():
+    table = int(SELECT.value.rpartition(",")[2].strip(" ;"), 16)
+    a, b, mask = 0xF0, 0xCC, 0xAA  # by definition of lop3
+    assert table == (a & ~mask) | (b & mask)
+
+
+def test_each_row_grades_with_its_own_mean():
+    weight = GrinqhTensor.from_hp(torch.randn(256, 60))
+    x = laplace(2, 60)
+    assert_decoded(torch.stack([x[0], x[1] * 1000]).half(), weight)
+
+
+def test_arguments_need_not_be_contiguous():
+    weight = GrinqhTensor.from_hp(torch.randn(300, 50))
+    assert_decoded(laplace(50, 2).half().t(), weight)
