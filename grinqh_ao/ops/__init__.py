@@ -22,12 +22,17 @@ _library.define(
     "Tensor gains, Tensor? bias, int[] levels) -> Tensor"
 )
 _library.define(
+    "decode_linears(Tensor x, Tensor[] slices, Tensor[] scales, Tensor[] row_scales, "
+    "Tensor[] thresholds, Tensor[] gains, Tensor?[] biases, int[] levels) -> Tensor[]"
+)
+_library.define(
     "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, int level, "
     "ScalarType dtype) -> Tensor"
 )
 
 # The oracle is plain PyTorch: it serves every device that has no kernel of its own.
 _library.impl("decode_linear", oracle.decode_linear, "CompositeExplicitAutograd")
+_library.impl("decode_linears", oracle.decode_linears, "CompositeExplicitAutograd")
 _library.impl("dequantize", oracle.dequantize, "CompositeExplicitAutograd")
 
 
@@ -37,6 +42,26 @@ def _has_triton() -> bool:
 
 
 # Kernels are imported when first needed: Triton takes long to load.
+def _decode_linears_cuda(
+    x: Tensor,
+    slices: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    levels: Sequence[int],
+) -> list[Tensor]:
+    if _has_triton():
+        from grinqh_ao.ops.triton import decode
+
+        if decode.supports(x, slices):
+            tensors = zip(slices, scales, row_scales, thresholds, gains, biases, strict=True)
+            with torch.cuda.device(x.device):
+                return decode.decode_linears(x, [decode.Weight(*t) for t in tensors], levels)
+    return oracle.decode_linears(x, slices, scales, row_scales, thresholds, gains, biases, levels)
+
+
 def _decode_linear_cuda(
     x: Tensor,
     slices: Tensor,
@@ -47,15 +72,9 @@ def _decode_linear_cuda(
     bias: Tensor | None,
     levels: Sequence[int],
 ) -> Tensor:
-    if _has_triton():
-        from grinqh_ao.ops.triton import decode
-
-        if decode.supports(x, slices):
-            with torch.cuda.device(x.device):
-                return decode.decode_linear(
-                    x, slices, scales, row_scale, thresholds, gains, bias, levels
-                )
-    return oracle.decode_linear(x, slices, scales, row_scale, thresholds, gains, bias, levels)
+    return _decode_linears_cuda(
+        x, [slices], [scales], [row_scale], [thresholds], [gains], [bias], levels
+    )[0]
 
 
 def _dequantize_cuda(
@@ -75,6 +94,7 @@ def _dequantize_cuda(
 
 
 _library.impl("decode_linear", _decode_linear_cuda, "CUDA")
+_library.impl("decode_linears", _decode_linears_cuda, "CUDA")
 _library.impl("dequantize", _dequantize_cuda, "CUDA")
 
 
@@ -92,6 +112,20 @@ def _(
     return x.new_empty(*x.shape[:-1], row_scale.shape[0])
 
 
+@torch.library.register_fake("grinqh::decode_linears")
+def _(
+    x: Tensor,
+    slices: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    levels: Sequence[int],
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], row_scale.shape[0]) for row_scale in row_scales]
+
+
 @torch.library.register_fake("grinqh::dequantize")
 def _(
     slices: Tensor,
@@ -105,4 +139,5 @@ def _(
 
 
 decode_linear: Callable[..., Tensor] = torch.ops.grinqh.decode_linear.default
+decode_linears: Callable[..., list[Tensor]] = torch.ops.grinqh.decode_linears.default
 dequantize: Callable[..., Tensor] = torch.ops.grinqh.dequantize.default

@@ -69,6 +69,24 @@ def decode_linear(
     return out.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
+def decode_linears(
+    x: Tensor,
+    slices: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    row_scales: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    levels: Sequence[int],
+) -> list[Tensor]:
+    """:func:`decode_linear` of several weights with the same levels; each grades x by itself."""
+    weights = zip(slices, scales, row_scales, thresholds, gains, biases, strict=True)
+    return [
+        decode_linear(x, codes, scale, row_scale, threshold, gain, bias, levels)
+        for codes, scale, row_scale, threshold, gain, bias in weights
+    ]
+
+
 def dequantize(
     slices: Tensor,
     scales: Tensor,

@@ -34,24 +34,26 @@ ALU = re.compile(
 
 DECODE = {
     "x": "*bf16",
-    "slices": "*i32",
-    "scales": "*u8",
-    "row_scale": "*bf16",
-    "thresholds": "*fp32",
-    "gains": "*fp32",
-    "bias": "*bf16",
-    "out": "*bf16",
+    # One weight; see members.py.
+    "slices": ("*i32",),
+    "scales": ("*u8",),
+    "row_scale": ("*bf16",),
+    "thresholds": ("*fp32",),
+    "gains": ("*fp32",),
+    "bias": ("*bf16",),
+    "out": ("*bf16",),
+    "n": ("i32",),
+    "tiles": ("i32",),
+    "slice_words": ("i32",),
     "entries_at": "*i64",
     "entries_x": "*fp32",
     "multipliers": "*fp32",
     "partial": "*fp32",
     "arrivals": "*i32",
     "rows": "i32",
-    "n": "i32",
     "k": "i32",
     "chunk": "i32",
     "capacity": "i32",
-    "slice_words": "i32",
 }
 DEQUANTIZE = {
     "slices": "*i32",
@@ -63,13 +65,14 @@ DEQUANTIZE = {
     "k": "i32",
     "slice_stride": "i32",
 }
-INDIVISIBLE = {"n", "rows", "chunk", "capacity"}  # by 16; of the rest Triton knows that at run time
+# By 16; of the rest Triton knows at run time that it can be divided.
+INDIVISIBLE = {"n", "tiles", "rows", "chunk", "capacity"}
 
 
 class Job(NamedTuple):
     form: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     capability: int
     warps: int
@@ -80,7 +83,7 @@ class Job(NamedTuple):
 
 def decode_job(form: str, rows: int, words: int, capability: int) -> Job:
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
-    floats = {"x": "*fp32", "bias": "*fp32", "out": "*fp32"} if form == "fma" else {}
+    floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
     constants = {
         "LEVELS": (0, 2, 4, 6, 8),
         "ROWS": rows,
@@ -155,15 +158,15 @@ def jobs() -> list[Job]:
 def report(job: Job) -> dict[str, Any]:
     """Registers, memory that is not registers, instructions and layouts of one compiled kernel."""
     divisible = [
-        i
+        (i,) if isinstance(kind, str) else (i, 0)
         for i, (name, kind) in enumerate(job.signature.items())
-        if kind[0] == "*" or name not in INDIVISIBLE
+        if name not in INDIVISIBLE
     ]
     source = ASTSource(
         fn=job.kernel,
         signature=job.signature | dict.fromkeys(job.constants, "constexpr"),
         constexprs=job.constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+        attrs={place: [["tt.divisibility", 16]] for place in divisible},
     )
     target = GPUTarget("cuda", job.capability, 32)
     options = {"num_warps": job.warps} | ({"maxnreg": job.registers} if job.registers else {})

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import plain
 from grinqh_ao import GrinqhTensor
-from grinqh_ao.ops.triton.decode import launch
+from grinqh_ao.ops.triton.decode import Weight, launch
 from grinqh_ao.ops.triton.lists import SELECT
 
 LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
@@ -18,23 +18,20 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
 
 
-def decode(x, weight, bias=None, chunk=None):
-    counters = torch.zeros(weight.slices.shape[1], dtype=torch.int32)
-    found = launch(
-        x,
-        weight.slices,
-        weight.scales,
-        weight.row_scale,
-        weight.thresholds,
-        weight.gains,
-        bias,
-        weight.levels,
-        chunk or weight.shape[1],
-        counters,
-        interpret=True,
-    )
+def decode_together(x, weights, biases, chunk=None):
+    counters = torch.zeros(sum(w.slices.shape[1] for w in weights), dtype=torch.int32)
+    arguments = [
+        Weight(w.slices, w.scales, w.row_scale, w.thresholds, w.gains, bias)
+        for w, bias in zip(weights, biases, strict=True)
+    ]
+    chunk = chunk or x.shape[-1]
+    found = launch(x, arguments, weights[0].levels, chunk, counters, interpret=True)
     assert not counters.any()  # as the next launch needs them
     return found
+
+
+def decode(x, weight, bias=None, chunk=None):
+    return decode_together(x, [weight], [bias], chunk)[0]
 
 
 def assert_decoded(x, weight, bias=None, chunk=None):
@@ -166,6 +163,20 @@ def test_truth_table_of_the_instruction_that_is_not_interpreted():
     table = int(SELECT.value.rpartition(",")[2].strip(" ;"), 16)
     a, b, mask = 0xF0, 0xCC, 0xAA  # by definition of lop3
     assert table == (a & ~mask) | (b & mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(500, 1000), (230, 250, 256), (40, 64)])
+def test_several_weights_in_one_launch(sizes, dtype):
+    """Each with its own thresholds and number of outputs; a bias where there is one."""
+    x = laplace(1, 60).to(dtype)
+    weights = [GrinqhTensor.from_hp(torch.randn(size, 60), 1.0 + i) for i, size in enumerate(sizes)]
+    biases = [None, *(torch.randn(size).to(dtype) for size in sizes[1:])]
+    found = decode_together(x, weights, biases, chunk=25)
+    for y, weight, bias in zip(found, weights, biases, strict=True):
+        assert torch.equal(y, decode(x, weight, bias, chunk=25))
+    for without in decode_together(x, weights, [None] * len(sizes), chunk=60):
+        assert without.isfinite().all()
 
 
 def test_each_row_grades_with_its_own_mean():

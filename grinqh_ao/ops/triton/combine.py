@@ -13,12 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def combine(
-    partial,  # float32 [splits, ROWS, padded N]
-    arrivals,  # int32 [tiles], zero before and after
+    partial,  # float32 [splits, ROWS, padded], outputs of all weights, each padded to tiles
+    arrivals,  # int32 [all tiles], zero before and after
     row_scale,  # bfloat16 [n]
     bias,  # [n] or None
     out,  # [rows, n]
-    tile,
+    tile,  # of all weights
+    tile_of_weight,
     splits,
     rows,
     n,
@@ -34,7 +35,8 @@ def combine(
         tl.store(arrivals + tile, 0)  # for the next launch
         # Not one-dimensional: the compiler gives all tensors of one shape the same layout, and the
         # lists of channels must keep one element per thread.
-        output = (tile * TILE + tl.arange(0, TILE))[None, :]
+        column = tl.arange(0, TILE)[None, :]
+        output = tile_of_weight * TILE + column
         inside = output < n
         scale = tl.load(row_scale + output, mask=inside, other=0).to(tl.float32)
         for r in range(rows):
@@ -43,7 +45,7 @@ def combine(
                 split = (start + tl.arange(0, SPLITS_AT_ONCE))[:, None]
                 # Past the first level cache: other programs wrote these.
                 sums = tl.load(
-                    partial + (split * ROWS + r) * padded + output,
+                    partial + (split * ROWS + r) * padded + tile * TILE + column,
                     mask=split < splits,
                     other=0,
                     cache_modifier=".cg",

@@ -1,4 +1,4 @@
-"""``grinqh::decode_linear`` on CUDA: chooses a form of the kernel and launches it, once.
+"""``grinqh::decode_linears`` on CUDA: chooses a form of the kernel and launches it, once.
 
     mma   tensor cores; float16 and bfloat16, tiles of 256 and 512 outputs
     fma   float32 arithmetic; everything else
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel
 LARGEST_MEAN_BLOCK = 8192
 SUMS_AT_ONCE = 8192
 LEAST_CAPABILITY = 80
+MOST_ROWS = 8
 
 
 @functools.cache
@@ -33,85 +35,99 @@ def device_of(index: int) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-def supports(x: Tensor, slices: Tensor) -> bool:
+class Weight(NamedTuple):
+    """What a weight and its layer hand over; shapes as in ``ops/oracle.py``."""
+
+    slices: Tensor
+    scales: Tensor
+    row_scale: Tensor
+    thresholds: Tensor
+    gains: Tensor
+    bias: Tensor | None
+
+
+def supports(x: Tensor, slices: Sequence[Tensor]) -> bool:
     """Whether there is a kernel for these arguments."""
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and device_of(x.device.index)[0] >= LEAST_CAPABILITY
-        and 0 < slices.numel() < 2**31  # offsets are 32-bit
-        and slices.shape[1] <= MOST_TILES
+        and all(0 < s.numel() < 2**31 for s in slices)  # offsets are 32-bit
+        and len({s.shape[3] for s in slices}) == 1
+        and sum(s.shape[1] for s in slices) <= MOST_TILES
+        and x.numel() // x.shape[-1] <= MOST_ROWS
     )
 
 
-def decode_linear(
-    x: Tensor,
-    slices: Tensor,
-    scales: Tensor,
-    row_scale: Tensor,
-    thresholds: Tensor,
-    gains: Tensor,
-    bias: Tensor | None,
-    levels: Sequence[int],
-) -> Tensor:
-    """See :func:`grinqh_ao.ops.oracle.decode_linear`."""
+def decode_linears(x: Tensor, weights: Sequence[Weight], levels: Sequence[int]) -> list[Tensor]:
+    """See :func:`grinqh_ao.ops.oracle.decode_linears`. One launch."""
     capability, multiprocessors = device_of(x.device.index)
-    tiles, k = slices.shape[1:3]
-    chunk = chunk_length(capability, multiprocessors, tiles, k)
-    counters = arrivals(tiles, x.device)
-    return launch(
-        x, slices, scales, row_scale, thresholds, gains, bias, levels, chunk, counters, False
-    )
+    tiles = sum(weight.slices.shape[1] for weight in weights)
+    chunk = chunk_length(capability, multiprocessors, tiles, x.shape[-1])
+    return launch(x, weights, levels, chunk, arrivals(tiles, x.device), interpret=False)
 
 
 def launch(
     x: Tensor,
-    slices: Tensor,
-    scales: Tensor,
-    row_scale: Tensor,
-    thresholds: Tensor,
-    gains: Tensor,
-    bias: Tensor | None,
+    weights: Sequence[Weight],
     levels: Sequence[int],
     chunk: int,
     counters: Tensor,
     interpret: bool,
-) -> Tensor:
+) -> list[Tensor]:
     """Runs the kernel with chunks of a given length, on a device or in the interpreter."""
-    _, tiles, k, words = slices.shape
-    n = row_scale.shape[0]
-    tensors = [t.contiguous() for t in (x, slices, scales, row_scale, thresholds, gains)]
+    k, words = weights[0].slices.shape[2:]
     rows = x.numel() // k
     mma = words >= 16 and x.dtype != torch.float32
     # Kernels are compiled for 1, 2, 4 and 8 rows; mma's columns take four at least.
     compiled_rows = triton.next_power_of_2(rows)
     if mma and compiled_rows == 2:
         compiled_rows = 4
+    tiles = tuple(weight.slices.shape[1] for weight in weights)
+    all_tiles, tile = sum(tiles), 16 * words
     splits = -(-k // chunk)
-    programs = tiles * splits
-    tile = 16 * words
+    programs = all_tiles * splits
     # Both lists of a program, each with padding, and what is loaded ahead of the last step.
     capacity = 3 * chunk + (48 * WARPS if mma else 2 * entries_at_once(words))
 
-    out = x.new_empty(*x.shape[:-1], n)
-    at = torch.empty(programs * capacity, dtype=torch.int64, device=x.device)
+    def of_each(name: str) -> tuple[Tensor, ...]:
+        return tuple(getattr(weight, name).contiguous() for weight in weights)
+
+    slices, row_scales = of_each("slices"), of_each("row_scale")
+    n = tuple(row_scale.shape[0] for row_scale in row_scales)
+    biases = None
+    if any(weight.bias is not None for weight in weights):
+        biases = tuple(
+            x.new_zeros(size) if weight.bias is None else weight.bias.contiguous()
+            for weight, size in zip(weights, n, strict=True)
+        )
+    out = tuple(x.new_empty(*x.shape[:-1], size) for size in n)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    entries = [at, floats(programs * compiled_rows * capacity)]
+    entries = [
+        torch.empty(programs * capacity, dtype=torch.int64, device=x.device),
+        floats(programs * compiled_rows * capacity),
+    ]
     if not mma:
         entries.append(floats(programs * compiled_rows * (capacity + 1) * (words // 4)))
     kernel = decode_mma_kernel if mma else decode_fma_kernel
-    kernel[(tiles, splits)](
-        *tensors,
-        None if bias is None else bias.contiguous(),
+    kernel[(all_tiles, splits)](
+        x.contiguous(),
+        slices,
+        of_each("scales"),
+        row_scales,
+        of_each("thresholds"),
+        of_each("gains"),
+        biases,
         out,
+        n,
+        tiles,
+        tuple(s.stride(0) for s in slices),
         *entries,
-        floats(splits * compiled_rows * tiles * tile),
+        floats(splits * compiled_rows * all_tiles * tile),
         counters,
         rows,
-        n,
         k,
         chunk,
         capacity,
-        tensors[1].stride(0),
         LEVELS=tuple(levels),
         ROWS=compiled_rows,
         WORDS=words,
@@ -122,4 +138,4 @@ def launch(
         num_warps=WARPS,
         maxnreg=REGISTERS_OF_ONE_ROW if rows == 1 else None,
     )
-    return out
+    return list(out)

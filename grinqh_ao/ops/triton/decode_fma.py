@@ -21,6 +21,7 @@ from grinqh_ao.ops.triton.lists import (
     scales_at,
     words_at,
 )
+from grinqh_ao.ops.triton.members import find, pick
 
 # x is scaled to at most 2 ** TOP, so that products with subnormal codes are normal numbers.
 TOP = tl.constexpr(100)
@@ -128,24 +129,27 @@ def sum_channels(acc, r: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["chunk"])
 def decode_fma_kernel(
     x,  # [rows, k]
+    # Of each weight, in tuples:
     slices,  # int32 [S, tiles, k, WORDS]
     scales,  # uint8 [tiles, k, WORDS / 4]
     row_scale,  # bfloat16 [n]
     thresholds,  # float32 [2, len(LEVELS) - 1]
     gains,  # float32 [4]
-    bias,  # [n] or None
+    bias,  # [n]; or None, for all
     out,  # [rows, n]
+    n,
+    tiles,
+    slice_words,  # words from one slice to the next
+    # Of all:
     entries_at,  # int64 [programs, capacity], see lists.py
     entries_x,  # float32 [programs, ROWS, capacity]
     multipliers,  # float32 [programs, ROWS, capacity + 1, WORDS / 4]
-    partial,  # float32 [splits, ROWS, tiles * TILE]
-    arrivals,  # int32 [tiles]
+    partial,  # float32 [splits, ROWS, all tiles * TILE]
+    arrivals,  # int32 [all tiles]
     rows,
-    n,
     k,
     chunk,
     capacity,
-    slice_words,  # words from one slice to the next
     LEVELS: tl.constexpr,
     ROWS: tl.constexpr,  # 1, 2, 4 or 8
     WORDS: tl.constexpr,
@@ -156,8 +160,12 @@ def decode_fma_kernel(
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    tiles = tl.num_programs(0)
+    all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
+    member, tile_of_weight = find(tile, tiles)
+    slice_words = pick(member, slice_words)
+    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * k * WORDS
+    scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
     STEP: tl.constexpr = lanes_per_row(WORDS, ROWS)
@@ -165,20 +173,18 @@ def decode_fma_kernel(
 
     first = split * chunk
     last = tl.minimum(first + chunk, k)
-    program = (split * tiles + tile).to(tl.int64)
+    program = (split * all_tiles + tile).to(tl.int64)
     entries_at += program * capacity
     entries_x += program * capacity * ROWS
     multipliers += program * (capacity + 1) * (ROWS * GROUPS)
     to_single = 2 * chunk + PADDING
     num_pairs, num_singles, exponent = build_lists(
-        x, thresholds, gains, entries_at, entries_x, entries_at + to_single, entries_x + to_single,
-        capacity, first, last, rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK,
-        PADDING, TOP,
+        x, pick(member, thresholds), pick(member, gains), entries_at, entries_x,
+        entries_at + to_single, entries_x + to_single, capacity, first, last, rows, k,
+        2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
-    slices = slices + tile.to(tl.int64) * k * WORDS
-    scales = scales + tile.to(tl.int64) * k * GROUPS
     totals = ()
     for _ in tl.static_range(ROWS):
         totals = totals + (tl.zeros((PADDING, GROUPS), tl.float32),)
@@ -230,13 +236,14 @@ def decode_fma_kernel(
     field += 4 * tl.arange(0, 2)[None, None, :, None, None]
     field += 2 * tl.arange(0, 2)[None, None, None, :, None]
     field += tl.arange(0, 2)[None, None, None, None, :]
-    partial_row = partial + split.to(tl.int64) * ROWS * tiles * TILE + tile * TILE
+    sums = partial + ((split * ROWS).to(tl.int64) * all_tiles + tile) * TILE
     for r in tl.static_range(ROWS):
         total = sum_channels(acc, r, ROWS)
         total -= tl.load(correction + r * GROUPS + field * WORDS // 64 + 0 * word)
-        at = r * tiles * TILE + field * WORDS + word
-        tl.store(partial_row + at, total * power_of_two(-exponent))
+        at = r * all_tiles * TILE + field * WORDS + word
+        tl.store(sums + at, total * power_of_two(-exponent))
     combine(
-        partial, arrivals, row_scale, bias, out, tile, splits, rows, n, tiles * TILE, TILE, ROWS,
-        SPLITS_AT_ONCE,
+        partial, arrivals, pick(member, row_scale), None if bias is None else pick(member, bias),
+        pick(member, out), tile, tile_of_weight, splits, rows, pick(member, n), all_tiles * TILE,
+        TILE, ROWS, SPLITS_AT_ONCE,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from grinqh_ao.ops.triton.lists import (
     scales_at,
     words_at,
 )
+from grinqh_ao.ops.triton.members import find, pick
 
 NUM_WARPS = tl.constexpr(WARPS)
 # x is scaled to at most 2 ** TOP: products with scales and gains, at most 1, stay below 65504.
@@ -262,23 +263,26 @@ def store_sums(
 @triton.jit(do_not_specialize=["chunk"])
 def decode_mma_kernel(
     x,  # float16 or bfloat16 [rows, k]
+    # Of each weight, in tuples:
     slices,  # int32 [S, tiles, k, WORDS]
     scales,  # uint8 [tiles, k, WORDS / 4]
     row_scale,  # bfloat16 [n]
     thresholds,  # float32 [2, len(LEVELS) - 1]
     gains,  # float32 [4]
-    bias,  # [n] or None
+    bias,  # [n]; or None, for all
     out,  # [rows, n]
+    n,
+    tiles,
+    slice_words,  # words from one slice to the next
+    # Of all:
     entries_at,  # int64 [programs, capacity], see lists.py
     entries_x,  # float32 [programs, ROWS, capacity]
-    partial,  # float32 [splits, ROWS, tiles * TILE]
-    arrivals,  # int32 [tiles]
+    partial,  # float32 [splits, ROWS, all tiles * TILE]
+    arrivals,  # int32 [all tiles]
     rows,
-    n,
     k,
     chunk,
     capacity,
-    slice_words,  # words from one slice to the next
     LEVELS: tl.constexpr,
     ROWS: tl.constexpr,  # 1, 4 or 8
     WORDS: tl.constexpr,  # 32 or 16
@@ -289,26 +293,30 @@ def decode_mma_kernel(
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    tiles = tl.num_programs(0)
+    all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
+    member, tile_of_weight = find(tile, tiles)
+    slice_words = pick(member, slice_words)
+    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * k * WORDS
+    scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
     PAIRS: tl.constexpr = 8 * NUM_WARPS  # entries per step
     SINGLES: tl.constexpr = 16 * NUM_WARPS
     BLOCKS: tl.constexpr = (ROWS + 3) // 4
     V: tl.constexpr = WORDS // 8
     TILE: tl.constexpr = 16 * WORDS
-    GROUPS: tl.constexpr = WORDS // 4
 
     first = split * chunk
     last = tl.minimum(first + chunk, k)
-    program = (split * tiles + tile).to(tl.int64)
+    program = (split * all_tiles + tile).to(tl.int64)
     entries_at += program * capacity
     entries_x += program * capacity * ROWS
     to_single = 2 * chunk + SINGLES
     single_at = entries_at + to_single
     single_x = entries_x + to_single
     num_pairs, num_singles, exponent = build_lists(
-        x, thresholds, gains, entries_at, entries_x, single_at, single_x, capacity, first, last,
-        rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, SINGLES, TOP,
+        x, pick(member, thresholds), pick(member, gains), entries_at, entries_x, single_at,
+        single_x, capacity, first, last, rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK,
+        MEAN_BLOCK, SINGLES, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -325,9 +333,9 @@ def decode_mma_kernel(
     else:
         group = 8 * (g // 4) * WORDS // 64
         row = g % 4
-    upper_words = slices + tile.to(tl.int64) * k * WORDS + (g * V + v)
+    upper_words = slices + (g * V + v)
     lower_words = upper_words + slice_words
-    scales = scales + tile.to(tl.int64) * k * GROUPS + group
+    scales = scales + group
 
     acc = ()
     for _ in tl.static_range(16 * BLOCKS):
@@ -394,10 +402,11 @@ def decode_mma_kernel(
             )
 
     store_sums(
-        partial + (split * ROWS).to(tl.int64) * tiles * TILE + tile * TILE, tiles * TILE, acc, sums,
-        power_of_two(-exponent), WORDS, ROWS, BLOCKS,
+        partial + ((split * ROWS).to(tl.int64) * all_tiles + tile) * TILE, all_tiles * TILE, acc,
+        sums, power_of_two(-exponent), WORDS, ROWS, BLOCKS,
     )  # fmt: skip
     combine(
-        partial, arrivals, row_scale, bias, out, tile, splits, rows, n, tiles * TILE, TILE, ROWS,
-        SPLITS_AT_ONCE,
+        partial, arrivals, pick(member, row_scale), None if bias is None else pick(member, bias),
+        pick(member, out), tile, tile_of_weight, splits, rows, pick(member, n), all_tiles * TILE,
+        TILE, ROWS, SPLITS_AT_ONCE,
     )  # fmt: skip
