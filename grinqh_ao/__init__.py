@@ -8,6 +8,7 @@
 
 from grinqh_ao.config import GrinqhConfig, all_but_head
 from grinqh_ao.decode_rule import decode_every_row
+from grinqh_ao.fusion import fuse_projections, unfuse_projections
 from grinqh_ao.metering import measure
 from grinqh_ao.model import set_bits, summary
 from grinqh_ao.tensor import GrinqhTensor
@@ -19,7 +20,9 @@ __all__ = [
     "GrinqhTensor",
     "all_but_head",
     "decode_every_row",
+    "fuse_projections",
     "measure",
     "set_bits",
     "summary",
+    "unfuse_projections",
 ]

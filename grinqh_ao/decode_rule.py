@@ -50,7 +50,7 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
 def first_decoded_row(x: Tensor) -> int | None:
     """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
     rows = x.numel() // x.shape[-1]
-    prefix = _dense_prefix.get()
+    prefix = _prefix()
     if rows == 1 or (prefix is None and 1 < rows <= MAX_DECODED_TOGETHER):
         return 0
     if prefix is None or x.dim() < 2 or rows == 0 or prefix >= x.shape[-2]:
@@ -60,4 +60,9 @@ def first_decoded_row(x: Tensor) -> int | None:
 
 def decoded_together() -> bool:
     """Whether decoded rows share the levels of their channels; they do unless the switch is on."""
-    return _dense_prefix.get() is None
+    return _prefix() is None
+
+
+def _prefix() -> int | None:
+    # Compiled functions run eagerly under the switch, and Dynamo cannot trace a ContextVar.
+    return None if torch.compiler.is_compiling() else _dense_prefix.get()

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,13 +100,14 @@ def test_words_are_loaded_in_vectors_and_stay_in_registers(decoders):
 
 
 def test_lanes_hold_the_fragments_that_tensor_cores_expect(decoders):
-    """Lane 4 g + t has element [g, t]; all else that a thread has it holds in registers."""
+    """Thread i has row i; what else there is it holds in registers."""
     for report in decoders:
         assert bool(report["mma_layouts"]) == ("mma" in report["form"])
         for layout in report["mma_layouts"]:
-            assert "sizePerThread = [1, 1, 1, " in layout, layout
-            assert "threadsPerWarp = [1, 8, 4, 1], warpsPerCTA = [4, 1, 1, 1]" in layout, layout
-            assert layout.split("order = ")[1][:10] in ("[3, 2, 1, ", "[2, 3, 1, "), layout
+            assert re.search(
+                r"sizePerThread = \[1, [124]\], threadsPerWarp = \[32, 1\], warpsPerCTA = \[4, 1\]",
+                layout,
+            ), layout
 
 
 def test_subnormal_codes_are_not_flushed(decoders):

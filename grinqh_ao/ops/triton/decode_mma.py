@@ -35,6 +35,7 @@ from grinqh_ao.ops.triton.lists import (
 from grinqh_ao.ops.triton.members import find, pick
 
 NUM_WARPS = tl.constexpr(WARPS)
+THREADS = tl.constexpr(32 * WARPS)
 # x is scaled to at most 2 ** TOP: products with scales and gains, at most 1, stay below 65504.
 TOP = tl.constexpr(14)
 MMA = tl.constexpr(
@@ -52,26 +53,26 @@ def mma(acc, a0, a1, a2, a3, b0, b1, INTERPRET: tl.constexpr):
     """acc: a tuple of four, for rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 twice."""
     if INTERPRET:
         # A is [warps, row g, t, V], B [warps, column, t, 1]; both become [warps, g, column, t, V].
+        V: tl.constexpr = a0.shape[1]
         top = tl.zeros((1, 1, 1, 1), tl.float32)
         bottom = top
         for upper in tl.static_range(2):
             for a_top, a_bottom, b in ((a0, a1, b0), (a2, a3, b1)):
-                b = tl.expand_dims((b >> 16 * upper).to(tl.int16), 1)
+                b = tl.reshape((b >> 16 * upper).to(tl.int16), (NUM_WARPS, 1, 8, 4, 1))
                 b = b.to(tl.float16, bitcast=True).to(tl.float32)
-                a = tl.expand_dims((a_top >> 16 * upper).to(tl.int16), 2)
+                a = tl.reshape((a_top >> 16 * upper).to(tl.int16), (NUM_WARPS, 8, 1, 4, V))
                 top += tl.sum(a.to(tl.float16, bitcast=True).to(tl.float32) * b, 3)
-                a = tl.expand_dims((a_bottom >> 16 * upper).to(tl.int16), 2)
+                a = tl.reshape((a_bottom >> 16 * upper).to(tl.int16), (NUM_WARPS, 8, 1, 4, V))
                 bottom += tl.sum(a.to(tl.float16, bitcast=True).to(tl.float32) * b, 3)
-        # [warps, g, 8, V] -> [warps, g, t, column 2 t or 2 t + 1, V]
-        SHAPE: tl.constexpr = (top.shape[0], 8, 4, 2, top.shape[3])
-        odd = tl.arange(0, 2)[None, None, None, :, None] == 1
-        top = tl.reshape(top, SHAPE)
-        bottom = tl.reshape(bottom, SHAPE)
+        # [warps, g, 8, V] -> [threads, column 2 t or 2 t + 1, V]
+        top = tl.reshape(top, (THREADS, 2, V))
+        bottom = tl.reshape(bottom, (THREADS, 2, V))
+        odd = tl.arange(0, 2)[None, :, None] == 1
         return (
-            acc[0] + tl.sum(tl.where(odd, 0.0, top), 3),
-            acc[1] + tl.sum(tl.where(odd, top, 0.0), 3),
-            acc[2] + tl.sum(tl.where(odd, 0.0, bottom), 3),
-            acc[3] + tl.sum(tl.where(odd, bottom, 0.0), 3),
+            acc[0] + tl.sum(tl.where(odd, 0.0, top), 1),
+            acc[1] + tl.sum(tl.where(odd, top, 0.0), 1),
+            acc[2] + tl.sum(tl.where(odd, 0.0, bottom), 1),
+            acc[3] + tl.sum(tl.where(odd, bottom, 0.0), 1),
         )
     else:
         d0, d1, d2, d3 = tl.inline_asm_elementwise(
@@ -213,8 +214,9 @@ def pairs_to_singles(acc, BLOCKS: tl.constexpr):
 
 @triton.jit
 def sum_warps(c):
-    """Four [warps, g, t, V] -> their sums over warps, [g, t, V, odd column, lower row]."""
-    return tl.sum(tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3])), 0)
+    """Four [threads, V] -> their sums over warps, [g, t, V, odd column, lower row]."""
+    joined = tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3]))
+    return tl.sum(tl.reshape(joined, (NUM_WARPS, 8, 4, c[0].shape[1], 2, 2)), 0)
 
 
 @triton.jit
@@ -237,7 +239,7 @@ def store_sums(
     word = g * V + v
     if ROWS == 1:
         # Column 2 t + c belongs to mma 2 (t % 2) + c, of lower fields if t < 2, else of upper.
-        even = (tl.arange(0, 4) % 2 == 0)[None, None, :, None]
+        even = (tl.arange(0, THREADS) % 2 == 0)[:, None]
         values = ()
         for i in tl.static_range(4):
             here = acc[4 * (i % 2) + i] * single_unit(2 * (i % 2) + i // 2)
@@ -320,12 +322,13 @@ def decode_mma_kernel(
     )  # fmt: skip
     tl.debug_barrier()
 
-    # Tensors are [warps, g, t, V]: lane 4 g + t. Entries and B registers are loaded in this shape
-    # too, so that nothing moves between lanes.
-    warp = tl.arange(0, NUM_WARPS)[:, None, None, None]
-    g = tl.arange(0, 8)[None, :, None, None]  # also the column of a B register
-    t = tl.arange(0, 4)[None, None, :, None]
-    v = tl.arange(0, V)[None, None, None, :]
+    # Tensors are [threads, V] or [threads, 1], so that the compiler has no choice of layouts but
+    # the one that mma needs: thread 32 warp + 4 g + t has element 32 warp + 4 g + t.
+    thread = tl.arange(0, THREADS)[:, None]
+    warp = thread // 32
+    g = thread // 4 % 8  # also the column of a B register
+    t = thread % 4
+    v = tl.arange(0, V)[None, :]
     shift = 16 * (g // 4)
     if ROWS == 1:
         group = g * WORDS // 32
@@ -339,14 +342,14 @@ def decode_mma_kernel(
 
     acc = ()
     for _ in tl.static_range(16 * BLOCKS):
-        acc = acc + (tl.zeros((NUM_WARPS, 8, 4, V), tl.float32),)
+        acc = acc + (tl.zeros((THREADS, V), tl.float32),)
     sums = ()
     for _ in tl.static_range(2 if ROWS == 1 else 8 * BLOCKS):
-        sums = sums + (tl.zeros((NUM_WARPS, 8, 4, 1), tl.float32),)
+        sums = sums + (tl.zeros((THREADS, 1), tl.float32),)
 
     # Both loops load four rows of words per lane and step, and the entries of the next step.
     if has_pairs(LEVELS):
-        at = entries_at + (warp * 8 + t + 0 * g)
+        at = entries_at + (warp * 8 + t)
         xs = entries_x + (warp * 8 + t + row * capacity)
         at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
         at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
@@ -369,7 +372,7 @@ def decode_mma_kernel(
         acc = pairs_to_singles(acc, BLOCKS)
 
     if has_singles(LEVELS):
-        at = single_at + (warp * 16 + t + 0 * g)
+        at = single_at + (warp * 16 + t)
         xs = single_x + (warp * 16 + t + row * capacity)
         at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
         at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)

@@ -1,0 +1,156 @@
+"""Projections of the same activations as one launch: q, k and v; gate and up.
+
+On a large GPU a small matrix-vector product takes as long as its launch. The weights stay where
+they are, with their own thresholds: only the calls are joined. The first projection of a group
+computes all of them, the others find their result waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grinqh_ao import ops
+from grinqh_ao.decode_rule import decoded_together
+from grinqh_ao.model import quantized_linears
+from grinqh_ao.tensor import GrinqhTensor
+
+logger = logging.getLogger("grinqh_ao")
+
+# Names that Llama, Qwen and most of their relatives give to projections of the same activations.
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fuse_projections(model: nn.Module) -> list[list[str]]:
+    """Decodes q, k and v, and gate and up, in one launch each, where a model has them.
+
+    Parameters, ``state_dict``, hooks, prompts and gradients are untouched, and so is ``set_bits``:
+    every projection keeps its weight and thresholds. Results differ by the order of float32 sums
+    at most. Worth it where launches cost more than reading: small layers, large GPUs.
+
+    Args:
+        model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
+
+    Returns:
+        The names of the modules in each group that was fused, now or before. A group whose weights
+        have different level sets or tile widths, or are not all quantized, is logged and left.
+
+    Raises:
+        ValueError: nothing in ``model`` is quantized.
+    """
+    if not any(True for _ in quantized_linears(model)):
+        raise ValueError(
+            f"model={type(model).__name__}: no layer is quantized; "
+            "call quantize_(model, GrinqhConfig(bits=...)) first"
+        )
+    fused = []
+    for parent_name, parent in model.named_modules():
+        for names in GROUPS:
+            found = [getattr(parent, name, None) for name in names]
+            members = [module for module in found if isinstance(module, nn.Linear)]
+            if len(members) < len(names):
+                continue
+            full_names = [f"{parent_name}.{name}".lstrip(".") for name in names]
+            if all(isinstance(member, FusedLinear) for member in members):
+                fused.append(full_names)
+            elif reason := _why_separate(members):
+                logger.warning("%s are not fused: %s", ", ".join(full_names), reason)
+            else:
+                group = _Group(members)
+                for index, member in enumerate(members):
+                    member.__class__ = FusedLinear
+                    member._group, member._index = group, index  # type: ignore[assignment]
+                fused.append(full_names)
+    return fused
+
+
+def unfuse_projections(model: nn.Module) -> None:
+    """Undoes :func:`fuse_projections`."""
+    for module in model.modules():
+        if isinstance(module, FusedLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+            del module._group, module._index
+
+
+def _why_separate(members: list[nn.Linear]) -> str:
+    """Why linear layers cannot be decoded in one launch; empty if they can."""
+    if any(type(member) is not nn.Linear for member in members):
+        return "they are not plain nn.Linear layers"
+    weights = [member.weight for member in members]
+    if not all(isinstance(weight, GrinqhTensor) for weight in weights):
+        return "their weights are not all quantized by GRINQH"
+    if not _compatible(weights):
+        return "their weights differ in levels, tile width, input size or device"
+    return ""
+
+
+def _compatible(weights: list[Any]) -> bool:
+    first = weights[0]
+    return all(
+        isinstance(weight, GrinqhTensor)
+        and weight.levels == first.levels
+        and weight.tile == first.tile
+        and weight.shape[1] == first.shape[1]
+        and weight.device == first.device
+        for weight in weights
+    )
+
+
+class _Group:
+    """Layers that see the same activations, and results that wait to be fetched."""
+
+    def __init__(self, members: list[nn.Linear]) -> None:
+        self.members = members
+        # Activations, results, and the members that have not fetched theirs. Replaced as a whole,
+        # never changed: a model may run in several threads, whose activations differ.
+        self.waiting: tuple[Tensor, list[Tensor], frozenset[int]] | None = None
+
+    def decodes(self, x: Tensor) -> bool:
+        """Whether all members would decode all rows of ``x`` together, by the same op."""
+        return (
+            x.is_floating_point()
+            and x.shape[-1] == self.members[0].in_features
+            and not torch.is_autocast_enabled(x.device.type)
+            and decoded_together()
+            and _compatible([member.weight for member in self.members])
+            and all(GrinqhTensor.first_decoded_row(x, m.bias) == 0 for m in self.members)
+        )
+
+    def result(self, index: int, x: Tensor) -> Tensor:
+        waiting = self.waiting
+        if waiting is None or waiting[0] is not x or index not in waiting[2]:
+            waiting = x, self._compute(x), frozenset(range(len(self.members)))
+        left = waiting[2] - {index}
+        self.waiting = (x, waiting[1], left) if left else None
+        return waiting[1][index]
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        weights: list[Any] = [member.weight for member in self.members]
+        return ops.decode_linears(
+            x,
+            [weight.slices for weight in weights],
+            [weight.scales for weight in weights],
+            [weight.row_scale for weight in weights],
+            [weight.thresholds for weight in weights],
+            [weight.gains for weight in weights],
+            [None if m.bias is None else m.bias.to(x.dtype) for m in self.members],
+            weights[0].levels,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members, "waiting": None}
+
+
+class FusedLinear(nn.Linear):
+    """An ``nn.Linear`` that decodes together with others; see :func:`fuse_projections`."""
+
+    _group: _Group
+    _index: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._group.decodes(input):
+            return self._group.result(self._index, input)
+        return super().forward(input)

@@ -1,0 +1,200 @@
+"""Projections that are decoded in one launch."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from test_generation import CountOps, generate
+from torch import nn
+from torchao.quantization import quantize_
+
+from grinqh_ao import (
+    GrinqhConfig,
+    fuse_projections,
+    measure,
+    ops,
+    set_bits,
+    unfuse_projections,
+)
+from models import tiny_model
+
+LAYERS = 2
+
+
+@pytest.fixture
+def model(family) -> nn.Module:
+    model = tiny_model(family, tied=False)
+    quantize_(model, GrinqhConfig(bits=3))
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 320, (1, 11))
+
+
+def test_one_launch_per_group_and_the_same_tokens(model, ids):
+    expected = generate(model, ids)
+    names = list(model.state_dict())
+    groups = fuse_projections(model)
+    attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
+    assert groups[2:] == [
+        [attention + "q_proj", attention + "k_proj", attention + "v_proj"],
+        [mlp + "gate_proj", mlp + "up_proj"],
+    ]
+    assert fuse_projections(model) == groups
+    with CountOps() as count:
+        assert generate(model, ids, max_new_tokens=12) == expected
+    steps = 11  # the prompt yields the first token
+    assert count.calls[ops.decode_linears] == steps * LAYERS * 2
+    assert count.calls[ops.decode_linear] == 1 + steps * (LAYERS * 2 + 1)  # o, down; the head
+    assert list(model.state_dict()) == names
+    unfuse_projections(model)
+    with CountOps() as count:
+        assert generate(model, ids) == expected
+    assert ops.decode_linears not in count.calls
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def test_projections_keep_their_thresholds(model, ids):
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight.set_bits(2)
+    attention.v_proj.weight.set_bits(6)
+    expected = generate(model, ids)
+    with measure(model) as before:
+        generate(model, ids)
+    fuse_projections(model)
+    assert generate(model, ids) == expected
+    with measure(model) as after:
+        generate(model, ids)
+    assert after.layers == before.layers
+    set_bits(model, 2)
+    fused = generate(model, ids)
+    unfuse_projections(model)
+    assert fused == generate(model, ids) != expected
+
+
+def test_batches_beams_prompts_and_gradients(model, ids):
+    batch = torch.randint(0, 320, (3, 11))
+    expected = model.generate(batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    beams = generate(model, ids, num_beams=3)
+    prompt = model(batch).logits
+    fuse_projections(model)
+    found = model.generate(batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, expected)
+    assert generate(model, ids, num_beams=3) == beams
+    assert torch.equal(model(batch).logits, prompt)
+    embedded = torch.randn(1, 1, 64, requires_grad=True)
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_compiles_without_breaks_and_set_bits_does_not_recompile(model):
+    compilations = 0
+
+    def backend(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    token = torch.randint(0, 320, (1, 1))
+    expected = [model(token, use_cache=False).logits]
+    set_bits(model, 2)
+    expected.append(model(token, use_cache=False).logits)
+    fuse_projections(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for bits, logits in zip((3, 2), expected, strict=True):
+        set_bits(model, bits)
+        for _ in range(2):
+            found = compiled(token, use_cache=False).logits
+            torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
+    assert compilations == 1
+
+
+@torch.no_grad()
+def test_inductor(model):
+    fuse_projections(model)
+    token = torch.randint(0, 320, (1, 1))
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True)(token, use_cache=False).logits
+    torch.testing.assert_close(found, model(token, use_cache=False).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_copies_and_pickles_are_fused_among_themselves(model, ids):
+    fuse_projections(model)
+    expected = generate(model, ids)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.model.layers[0].mlp.gate_proj._group.members[0] is (
+            other.model.layers[0].mlp.gate_proj
+        )
+        set_bits(other, 2)
+        assert generate(other, ids) != expected
+        assert generate(model, ids) == expected
+
+
+def test_a_state_dict_loads_into_a_fused_model(model, ids):
+    fuse_projections(model)
+    state = copy.deepcopy(model.state_dict())
+    expected = generate(model, ids)
+    set_bits(model, 2)
+    model.load_state_dict(state, assign=True)
+    assert generate(model, ids) == expected
+
+
+@torch.no_grad()
+def test_threads_do_not_get_each_others_results(model):
+    fuse_projections(model)
+    inputs = [torch.randn(1, 1, 64) for _ in range(4)]
+    mlp = model.model.layers[0].mlp
+    expected = [mlp(x) for x in inputs]
+    wrong = []
+
+    def run(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(mlp(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@torch.no_grad()
+def test_a_projection_alone_and_twice(model):
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(1, 1, 64)
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    fuse_projections(model)
+    for _ in range(2):
+        assert torch.equal(mlp.gate_proj(x), gate)
+    assert torch.equal(mlp.up_proj(x), up)
+    assert torch.equal(mlp.up_proj(x), up)
+    assert mlp.gate_proj._group.waiting is not None
+    assert torch.equal(mlp.gate_proj(x), gate)
+    assert mlp.gate_proj._group.waiting is None  # nothing is kept alive after a step
+
+
+def test_what_cannot_be_fused_is_left_and_logged(log):
+    class Block(nn.Module):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = (nn.Linear(64, size) for size in sizes)
+
+    model = nn.Sequential(Block(512, 64), Block(64, 64), Block(128, 128))
+    quantize_(
+        model,
+        GrinqhConfig(),
+        filter_fn=lambda m, name: name.endswith("_proj") and name != "1.up_proj",
+    )
+    assert fuse_projections(model) == [["2.gate_proj", "2.up_proj"]]
+    assert "0.gate_proj, 0.up_proj are not fused: their weights differ in" in log.text
+    assert "1.gate_proj, 1.up_proj are not fused: their weights are not all quantized" in log.text
+    with pytest.raises(ValueError, match="no layer is quantized"):
+        fuse_projections(nn.Linear(8, 8))
