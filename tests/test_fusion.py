@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from test_generation import CountOps, generate
 from torch import nn
 from torchao.quantization import quantize_
 
@@ -19,6 +18,7 @@ from grinqh_ao import (
     unfuse_projections,
 )
 from models import tiny_model
+from test_generation import CountOps, generate
 
 LAYERS = 2
 

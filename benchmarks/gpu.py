@@ -1,0 +1,84 @@
+"""Everything that only a GPU can say, in one command and under 8 minutes.
+
+    python benchmarks/gpu.py --json benchmarks/results/gpu.json
+
+Needs an NVIDIA GPU of compute capability 8.0 or newer; ``pip install -e ".[bench]"``. Checks the
+kernels first, then times them against others' in one run, then whole models of 8B shape with
+random weights. A section that fails is reported and the others go on; one that would start too
+late is skipped and says so. ``python benchmarks/plot_gpu.py`` draws the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gpu_suite import checks, kernels, models
+from grinqh_ao.demo import describe_machine
+
+# Name, function, seconds that must be left for it to start.
+SECTIONS: list[tuple[str, Callable[[], object], int]] = [
+    ("bandwidth", kernels.bandwidth, 0),
+    ("correctness", checks.correctness, 0),
+    ("cuda_graphs", checks.cuda_graphs, 0),
+    ("compiled_generation", checks.compiled_generation, 60),
+    ("kernels", kernels.speed, 60),
+    ("fused_projections", kernels.fused_projections, 30),
+    ("rows", kernels.rows, 30),
+    ("llama_8b", models.llama, 90),
+    ("qwen3_8b", models.qwen3, 90),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--minutes", type=float, default=8.0, help="do not begin what ends later")
+    parser.add_argument("--only", nargs="*", choices=[name for name, _, _ in SECTIONS])
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py needs an NVIDIA GPU, and torch sees none")
+
+    properties = torch.cuda.get_device_properties(0)
+    report: dict[str, object] = {
+        "machine": describe_machine(),
+        "command": "python " + " ".join(sys.argv),
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+    }
+    print(json.dumps(report, indent=1), flush=True)
+    started, failed = time.perf_counter(), []
+    for name, section, needed in SECTIONS:
+        if arguments.only and name not in arguments.only:
+            continue
+        left = 60 * arguments.minutes - (time.perf_counter() - started)
+        if left < needed:
+            report[name] = {"skipped": f"{left:.0f} of {60 * arguments.minutes:.0f} s were left"}
+            print(f"== {name}: skipped", flush=True)
+            continue
+        begin = time.perf_counter()
+        print(f"== {name}", flush=True)
+        try:
+            report[name] = section()
+        except Exception:
+            failed.append(name)
+            report[name] = {"failed": traceback.format_exc()}
+            traceback.print_exc()
+        report[f"{name}_seconds"] = time.perf_counter() - begin
+        torch.cuda.empty_cache()
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{time.perf_counter() - started:.0f} s; failed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Is it right? Every form of the kernels against float64; graphs; compiled generation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchao.quantization import quantize_
+
+from gpu_suite import timing
+from grinqh_ao import GrinqhConfig, GrinqhTensor, fuse_projections, set_bits
+from grinqh_ao.ops import oracle
+
+# Of the largest output.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+# Tiles of 512, 256, 128 and 64; odd sizes; one channel; chunks that do not divide.
+SHAPES = [(4096, 4096), (14336, 512), (1000, 777), (768, 4099), (384, 100), (70, 9), (5, 1)]
+
+
+def laplace(*shape: int) -> torch.Tensor:
+    return torch.distributions.Laplace(0.0, 1.0).sample(shape).to(timing.DEVICE)
+
+
+def expected(x: torch.Tensor, weight: GrinqhTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return oracle.decode_linear(
+        x.double(), weight.slices, weight.scales, weight.row_scale, weight.thresholds,
+        weight.gains, None if bias is None else bias.double(), weight.levels,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def correctness() -> dict[str, object]:
+    torch.manual_seed(0)
+    cases, worst, wrong = 0, {str(dtype): 0.0 for dtype in TOLERANCE}, []
+    for (n, k), rows, bits in itertools.product(SHAPES, (1, 2, 5, 8), (1.5, 3, 8)):
+        levels = (0, 2, 4, 6, 8) if rows != 2 else (0, 2, 4, 8)
+        weight = GrinqhTensor.from_hp(torch.randn(n, k, device=timing.DEVICE), bits, levels)
+        if rows == 5:  # calibrated thresholds are absolute
+            weight.thresholds[0] = weight.thresholds[1]
+            weight.thresholds[1] = 0
+        for dtype, limit in TOLERANCE.items():
+            x = laplace(rows, k).to(dtype)
+            bias = torch.randn(n, device=timing.DEVICE, dtype=dtype) if rows != 2 else None
+            found = F.linear(x, weight, bias)
+            again = F.linear(x, weight, bias)
+            truth = expected(x, weight, bias)
+            error = ((found.double() - truth).abs().max() / truth.abs().max()).item()
+            same = torch.equal(found, again)
+            cases += 1
+            worst[str(dtype)] = max(worst[str(dtype)], error)
+            if error > limit or not same:
+                wrong.append({"n": n, "k": k, "rows": rows, "bits": bits, "dtype": str(dtype),
+                              "error": error, "same bits twice": same})  # fmt: skip
+    for level, dtype in itertools.product((2, 4, 6, 8), TOLERANCE):
+        weight = GrinqhTensor.from_hp(torch.randn(1000, 777, device=timing.DEVICE))
+        found = weight.dequantize(dtype, level)
+        truth = oracle.dequantize(
+            weight.slices, weight.scales, weight.row_scale, weight.gains, level, dtype
+        )
+        cases += 1
+        if not torch.allclose(found, truth, rtol=2 * torch.finfo(dtype).eps, atol=0):
+            wrong.append({"dequantize": level, "dtype": str(dtype)})
+    print(f"{cases} cases, {len(wrong)} wrong; largest errors {worst}")
+    for case in wrong[:10]:
+        print("  wrong:", case)
+    if wrong:
+        raise AssertionError(f"{len(wrong)} of {cases} cases are wrong: {wrong[:20]}")
+    return {"cases": cases, "largest_errors": worst}
+
+
+@torch.no_grad()
+def cuda_graphs() -> dict[str, object]:
+    """Capture once; replay with other activations and other thresholds."""
+    torch.manual_seed(0)
+    weight = GrinqhTensor.from_hp(torch.randn(4096, 4096, device=timing.DEVICE), 3)
+    x = laplace(1, 4096).half()
+    F.linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = F.linear(x, weight)
+    errors = {}
+    for bits in (2, 3, 8, 2):
+        weight.set_bits(bits)
+        x.copy_(laplace(1, 4096))
+        graph.replay()
+        truth = expected(x, weight, None)
+        errors[bits] = ((out.double() - truth).abs().max() / truth.abs().max()).item()
+        assert errors[bits] < TOLERANCE[torch.float16], (bits, errors)
+        assert torch.equal(out, F.linear(x, weight)), "graph and eager differ"
+    print("replayed with changed thresholds:", errors)
+    return {"errors": errors}
+
+
+@torch.no_grad()
+def compiled_generation() -> dict[str, object]:
+    """``mode="reduce-overhead"`` over a decode loop: no recompilation when bits change."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2048, hidden_size=512, intermediate_size=1536, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(timing.DEVICE).half().eval()
+    quantize_(model, GrinqhConfig(bits=3))
+    ids = torch.randint(0, 2048, (1, 24), device=timing.DEVICE)
+    every_bits = (3, 3, 3, 2, 8, 2.5, 3, 4)
+
+    def decode(forward: Callable[..., Any]) -> tuple[torch.Tensor, list[int]]:
+        cache = transformers.StaticCache(config=config, max_cache_len=64)
+        model(ids[:, :16], past_key_values=cache, use_cache=True)
+        logits, graphs = [], []
+        for position, bits in enumerate(every_bits, start=16):
+            set_bits(model, bits)
+            torch.compiler.cudagraph_mark_step_begin()
+            output = forward(
+                ids[:, position : position + 1].clone(),
+                past_key_values=cache,
+                position_ids=torch.tensor([[position]], device=timing.DEVICE),
+                use_cache=True,
+            )
+            logits.append(output.logits.float().clone())
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return torch.cat(logits), graphs
+
+    results: dict[str, object] = {}
+    for fused in (False, True):
+        if fused:
+            fuse_projections(model)
+        eager, _ = decode(model)
+        torch._dynamo.reset()
+        compiled, graphs = decode(
+            torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        )
+        # Other rounding before a layer can put a channel on the other side of a threshold.
+        difference = ((compiled - eager).norm() / eager.norm()).item()
+        results["fused" if fused else "separate"] = {
+            "graphs after each step": graphs,
+            "difference to eager": difference,
+        }
+        assert graphs[-1] == graphs[2], f"changing bits recompiled: {graphs}"
+        assert difference < 0.1, results
+    print(results)
+    return results

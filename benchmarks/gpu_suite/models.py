@@ -1,0 +1,113 @@
+"""Whole models of 8B shape with random weights: quantizing, and unchanged ``generate()``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+from gpu_suite import timing
+from grinqh_ao import GrinqhConfig, fuse_projections, set_bits
+
+BITS = (2, 3, 4)
+NEW_TOKENS = 48
+PROMPT = 32
+REPETITIONS = 3
+
+
+def llama() -> dict[str, Any]:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    return measure(transformers.LlamaForCausalLM, config)
+
+
+def qwen3() -> dict[str, Any]:
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    return measure(transformers.Qwen3ForCausalLM, config)
+
+
+def build(model_class: Any, config: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.device(timing.DEVICE):
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return model_class(config).eval()
+        finally:
+            torch.set_default_dtype(previous)
+
+
+@torch.no_grad()
+def measure(model_class: Any, config: Any) -> dict[str, Any]:
+    rows: dict[str, float] = {}
+    result: dict[str, Any] = {"tokens_per_second": rows}
+
+    model = build(model_class, config)
+    rows["bf16"] = tokens_per_second(model)
+    begin = time.perf_counter()
+    quantize_(model, GrinqhConfig(bits=3))
+    timing.wait()
+    result["quantize_seconds"] = time.perf_counter() - begin
+    result["weights"] = sum(p.numel() for p in model.parameters())
+    for fused in (False, True):
+        if fused:
+            fuse_projections(model)
+        torch._dynamo.reset()
+        for bits in BITS:
+            set_bits(model, bits)
+            rows[f"grinqh {bits}{', fused' if fused else ''}"] = tokens_per_second(model)
+    del model
+    torch.cuda.empty_cache()
+
+    torch._dynamo.reset()
+    model = build(model_class, config)
+    try:
+        quantize_(model, Int4WeightOnlyConfig(128, int4_packing_format="tile_packed_to_4d"))
+        rows["torchao int4"] = tokens_per_second(model)
+    except Exception as error:  # not for this GPU
+        result["torchao int4"] = f"{type(error).__name__}: {error}"[:300]
+    print(tabulate([rows], "keys", floatfmt=".1f"), result["quantize_seconds"], "s to quantize")
+    return result
+
+
+class Clock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def tokens_per_second(model: Any) -> float:
+    """Of decoding after the first token: ``generate()`` with a static cache, which compiles."""
+    ids = torch.randint(0, 100, (1, PROMPT), device=timing.DEVICE)
+    best = 0.0
+    for _ in range(1 + REPETITIONS):  # the first one compiles
+        clock = Clock()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+            cache_implementation="static", min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+            streamer=clock,
+        )  # fmt: skip
+        first, last = clock.times[1], clock.times[-1]  # put() gets the prompt first
+        best = max(best, (len(clock.times) - 2) / (last - first))
+    return best

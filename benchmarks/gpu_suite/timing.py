@@ -1,0 +1,54 @@
+"""Fair timing of small kernels: captured, rotating through memory, in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+DEVICE = "cuda"  # the tests run all of this on a CPU, for its Python
+# Weights that are read between two reads of the same one: far beyond any cache.
+ROTATION_BYTES = 400 << 20
+REPETITIONS = 15
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def copies_for(bytes_read: float) -> int:
+    """How many copies of a weight it takes so that none is still in a cache."""
+    return max(2, min(128, int(ROTATION_BYTES // max(1, bytes_read)) + 1))
+
+
+def captured(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One graph of all calls, so that only the GPU's own time counts."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def compare(candidates: dict[str, list[Callable[[], object]]]) -> dict[str, float]:
+    """Median microseconds per call of each candidate, replayed in turn."""
+    graphs = {name: captured(calls) for name, calls in candidates.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for repetition in range(REPETITIONS + 2):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if repetition >= 2:
+                times[name].append(1e3 * start.elapsed_time(end) / len(candidates[name]))
+    return {name: statistics.median(of) for name, of in times.items()}

@@ -1,0 +1,74 @@
+"""The Python of the GPU suite, on a CPU and small sizes: GPU time is too scarce to find typos."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from gpu_suite import checks, kernels, timing
+from gpu_suite import models as whole_models
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    def compare(candidates):
+        for calls in candidates.values():
+            calls[0]()
+        return dict.fromkeys(candidates, 2.0)
+
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "compare", compare)
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 1)
+    monkeypatch.setattr(kernels, "COPY_BYTES", 1024)
+    kernels.bandwidth()
+
+
+def test_correctness(monkeypatch):
+    monkeypatch.setattr(checks, "SHAPES", [(70, 9), (5, 1)])
+    report = checks.correctness()
+    assert report["cases"] == 2 * 4 * 3 * 3 + 12
+    monkeypatch.setattr(checks, "TOLERANCE", dict.fromkeys(checks.TOLERANCE, -1.0))
+    with pytest.raises(AssertionError, match="72 of 84 cases are wrong"):
+        checks.correctness()
+
+
+def test_compiled_generation():
+    report = checks.compiled_generation()
+    assert report["fused"]["difference to eager"] < 0.1
+
+
+def test_kernels(monkeypatch):
+    small = {(64, 128): 2, (128, 128): 1}
+    for name in ("QWEN3_8B", "QWEN3_8B_FUSED"):
+        monkeypatch.setattr(kernels, name, small)
+    monkeypatch.setattr(kernels, "SHAPES", list(small))
+    monkeypatch.setattr(kernels, "COMPARED", [(128, 128)])
+    report = kernels.speed()
+    assert set(report["rows"][1]["us"]) >= {"bf16", "fp16", "grinqh 2", "grinqh 8"}
+    assert report["qwen3_8b_token_us"]["fused"]["grinqh 3"] == 36 * 3 * 2
+    # 128 x 128 weights at 8 bits with a scale for 64: what reading them takes at the copy's speed.
+    expected = 128 * 128 * 8.125 / 8 / 1024
+    assert report["rows"][1]["share_of_bandwidth"]["8"] == pytest.approx(expected / 2)
+
+
+def test_rows_and_fused_projections(monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS_SHAPE", (64, 32))
+    assert [row["rows"] for row in kernels.rows()] == list(range(1, 9))
+    assert len(kernels.fused_projections(hidden=32, scale=64)) == 2
+
+
+def test_models(monkeypatch):
+    import transformers
+
+    from models import SMALL
+
+    monkeypatch.setattr(whole_models, "NEW_TOKENS", 4)
+    config = transformers.LlamaConfig(**SMALL)
+    report = whole_models.measure(transformers.LlamaForCausalLM, config)
+    speeds = report["tokens_per_second"]
+    assert {"bf16", "grinqh 2", "grinqh 3, fused"} <= set(speeds)
+    assert all(speed > 0 for speed in speeds.values())
+    assert torch.get_default_dtype() == torch.float32
