@@ -48,6 +48,7 @@ DECODE = {
     "entries_at": "*i64",
     "entries_x": "*fp32",
     "multipliers": "*fp32",
+    "warp_sums": "*fp32",
     "partial": "*fp32",
     "arrivals": "*i32",
     "rows": "i32",
@@ -81,15 +82,17 @@ class Job(NamedTuple):
     work: dict[str, float]
 
 
-def decode_job(form: str, rows: int, words: int, capability: int) -> Job:
+def decode_job(
+    form: str, rows: int, words: int, capability: int, block: int = 512, mean_block: int = 4096
+) -> Job:
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
     constants = {
         "LEVELS": (0, 2, 4, 6, 8),
         "ROWS": rows,
         "WORDS": words,
-        "BLOCK": 512,
-        "MEAN_BLOCK": 4096,
+        "BLOCK": block,
+        "MEAN_BLOCK": mean_block,
         "SPLITS_AT_ONCE": 8192 // (16 * words),
         "INTERPRET": False,
     }
@@ -180,7 +183,7 @@ def report(job: Job) -> dict[str, Any]:
     assert found, usage
     registers, stack, shared, local = map(int, found.groups())
     instructions = _instructions(sass)
-    return {
+    result: dict[str, Any] = {
         "form": job.form,
         "capability": job.capability,
         "work": job.work,
@@ -195,6 +198,16 @@ def report(job: Job) -> dict[str, Any]:
         ],
         "mma_layouts": _mma_layouts(compiled.asm["ttgir"]),
     }
+    if job.form.startswith("decode"):
+        result["pairs"], result["singles"] = slice_loops(result)
+    return result
+
+
+def slice_loops(report: dict[str, Any]) -> list[dict[str, int]]:
+    """Of a decode kernel the loops that read pairs and singles: where the multiplications are."""
+    loops = [loop for loop in report["loops"] if loop["mma"] > 8 or loop["fma"] >= 64]
+    assert len(loops) == 2, report
+    return loops
 
 
 def numbered_report(number: int) -> dict[str, Any]:
@@ -213,13 +226,17 @@ def _instructions(sass: str) -> list[tuple[int, str, str]]:
 
 
 def _loops(instructions: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
-    """First and last address of every loop: a branch backwards ends it."""
+    """First and last address of every loop that is in no other: a branch backwards ends it."""
     loops = []
     for address, op, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if target and int(target[1], 16) < address:
             loops.append((int(target[1], 16), address))
-    return sorted(loops)
+    return sorted(
+        (start, end)
+        for start, end in loops
+        if not any(s <= start and end <= e and (s, e) != (start, end) for s, e in loops)
+    )
 
 
 def _count(instructions: list[tuple[int, str, str]]) -> dict[str, int]:

@@ -34,17 +34,7 @@ def reports() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def decoders(reports) -> list[dict]:
-    found = [report for report in reports if report["form"].startswith("decode")]
-    for report in found:
-        report["pairs"], report["singles"] = slice_loops(report)
-    return found
-
-
-def slice_loops(report: dict) -> list[dict]:
-    """The loops that read slices: they are where the multiplications are."""
-    loops = [loop for loop in report["loops"] if loop["mma"] > 8 or loop["fma"] >= 64]
-    assert len(loops) == 2, report
-    return loops
+    return [report for report in reports if report["form"].startswith("decode")]
 
 
 def per_weight_and_slice(report: dict, bits: float = 3.0) -> float:

@@ -102,12 +102,14 @@ def launch(
         )
     out = tuple(x.new_empty(*x.shape[:-1], size) for size in n)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    entries = [
+    scratch = [
         torch.empty(programs * capacity, dtype=torch.int64, device=x.device),
         floats(programs * compiled_rows * capacity),
     ]
-    if not mma:
-        entries.append(floats(programs * compiled_rows * (capacity + 1) * (words // 4)))
+    if mma:
+        scratch.append(floats(programs * WARPS * compiled_rows * tile))
+    else:
+        scratch.append(floats(programs * compiled_rows * (capacity + 1) * (words // 4)))
     kernel = decode_mma_kernel if mma else decode_fma_kernel
     kernel[(all_tiles, splits)](
         x.contiguous(),
@@ -121,7 +123,7 @@ def launch(
         n,
         tiles,
         tuple(s.stride(0) for s in slices),
-        *entries,
+        *scratch,
         floats(splits * compiled_rows * all_tiles * tile),
         counters,
         rows,

@@ -213,53 +213,39 @@ def pairs_to_singles(acc, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def sum_warps(c):
-    """Four [threads, V] -> their sums over warps, [g, t, V, odd column, lower row]."""
-    joined = tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3]))
-    return tl.sum(tl.reshape(joined, (NUM_WARPS, 8, 4, c[0].shape[1], 2, 2)), 0)
-
-
-@triton.jit
 def store_sums(
-    partial,  # float32 [ROWS, padded], where this tile begins
-    padded,
+    to,  # float32 [NUM_WARPS, ROWS, TILE]
     acc,
     sums,
-    factor,
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    """Writes down what each warp has summed up, outputs in their order."""
     V: tl.constexpr = WORDS // 8
-    g = tl.arange(0, 8)[:, None, None, None, None]
-    t = tl.arange(0, 4)[None, :, None, None, None]
-    v = tl.arange(0, V)[None, None, :, None, None]
-    column = tl.arange(0, 2)[None, None, None, :, None]
-    bottom = tl.arange(0, 2)[None, None, None, None, :]
-    word = g * V + v
+    thread = tl.arange(0, THREADS)[:, None]
+    t = thread % 4
+    to += (thread // 32) * (ROWS * 16 * WORDS)
+    word = (thread // 4 % 8) * V + tl.arange(0, V)[None, :]
     if ROWS == 1:
         # Column 2 t + c belongs to mma 2 (t % 2) + c, of lower fields if t < 2, else of upper.
-        even = (tl.arange(0, THREADS) % 2 == 0)[:, None]
-        values = ()
+        even = t % 2 == 0
         for i in tl.static_range(4):
             here = acc[4 * (i % 2) + i] * single_unit(2 * (i % 2) + i // 2)
             there = acc[4 * (i % 2) + 8 + i] * single_unit(2 * (i % 2) + i // 2 + 4)
-            values = values + (tl.where(even, here, there) - sums[i % 2],)
-        total = sum_warps(values) * factor
-        field = 4 * (t % 2) + 2 * column + bottom + 8 * (t // 2)
-        tl.store(partial + field * WORDS + word, total)
+            value = tl.where(even, here, there) - sums[i % 2]
+            field = 4 * (t % 2) + 2 * (i % 2) + i // 2 + 8 * (t // 2)
+            tl.store(to + field * WORDS + word, value)
     else:
         for j in tl.static_range(4):
             for block in tl.static_range(BLOCKS):
                 c = four_of(acc, j * BLOCKS + block)
-                values = ()
                 for i in tl.static_range(4):
                     value = c[i] * single_unit(2 * j + i // 2)
-                    values = values + (value - sums[2 * (j * BLOCKS + block) + i % 2],)
-                total = sum_warps(values) * factor
-                row = 4 * block + 2 * (t % 2) + column
-                field = 2 * j + bottom + 8 * (t // 2)
-                tl.store(partial + row * padded + field * WORDS + word, total)
+                    value = value - sums[2 * (j * BLOCKS + block) + i % 2]
+                    row = 4 * block + 2 * (t % 2) + i % 2
+                    field = 2 * j + i // 2 + 8 * (t // 2)
+                    tl.store(to + row * (16 * WORDS) + field * WORDS + word, value)
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -279,6 +265,7 @@ def decode_mma_kernel(
     # Of all:
     entries_at,  # int64 [programs, capacity], see lists.py
     entries_x,  # float32 [programs, ROWS, capacity]
+    warp_sums,  # float32 [programs, NUM_WARPS, ROWS, TILE]
     partial,  # float32 [splits, ROWS, all tiles * TILE]
     arrivals,  # int32 [all tiles]
     rows,
@@ -404,10 +391,18 @@ def decode_mma_kernel(
                 acc, sums, (w2, w2), (w3, w3), b2, b3, False, BLOCKS, ROWS, INTERPRET
             )
 
-    store_sums(
-        partial + ((split * ROWS).to(tl.int64) * all_tiles + tile) * TILE, all_tiles * TILE, acc,
-        sums, power_of_two(-exponent), WORDS, ROWS, BLOCKS,
-    )  # fmt: skip
+    # Warps have summed up channels of their own. A reduction would go through shared memory too,
+    # but element by element.
+    warp_sums += program * (NUM_WARPS * ROWS * TILE)
+    store_sums(warp_sums, acc, sums, WORDS, ROWS, BLOCKS)
+    tl.debug_barrier()
+    output = tl.arange(0, TILE)[None, :]
+    partial_tile = partial + ((split * ROWS).to(tl.int64) * all_tiles + tile) * TILE
+    for r in range(ROWS):
+        total = tl.zeros((1, TILE), tl.float32)
+        for w in tl.static_range(NUM_WARPS):
+            total += tl.load(warp_sums + (w * ROWS + r) * TILE + output)
+        tl.store(partial_tile + r * all_tiles * TILE + output, total * power_of_two(-exponent))
     combine(
         partial, arrivals, pick(member, row_scale), None if bias is None else pick(member, bias),
         pick(member, out), tile, tile_of_weight, splits, rows, pick(member, n), all_tiles * TILE,
