@@ -63,7 +63,7 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     block = triton.next_power_of_2(chunk)
     mean_block = min(triton.next_power_of_2(k), decode.LARGEST_MEAN_BLOCK)
     compiled = aot.report(aot.decode_job(form, 1, tile // 16, gpu.capability, block, mean_block))
-    pair_loop, single_loop = aot.slice_loops(compiled)
+    pair_loop, single_loop = compiled["pairs"], compiled["singles"]
     sums = [loop for loop in compiled["loops"] if loop["loads_of_others"]]
     others = [
         loop
@@ -92,16 +92,21 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
         """Per thread of one program."""
         loops = [*others, *sums, pair_loop, single_loop]
         straight = compiled["all"][count] - sum(loop[count] for loop in loops)
-        of_loops = steps["pairs"] * pair_loop[count] + steps["singles"] * single_loop[count]
+        of_slices = steps["pairs"] * pair_loop[count] + steps["singles"] * single_loop[count]
         # The mean of |x| is the first of the others; those of the fma form also scale entries.
         of_others = sum(loop[count] for loop in others[:1]) * -(-k // mean_block)
         of_others += sum(
             loop[count] * entries[kind] / (2048 / (tile // 16))
             for loop, kind in zip(others[1:], ("pairs", "singles"), strict=False)
         )
+        # Only the last program of a tile adds up the sums of all, 16 at a time.
         last = sum(loop[count] for loop in sums) * -(-splits // 16) / splits
-        return straight + of_loops + of_others + last
+        return straight + of_slices + of_others + last
 
+    of_loops = sum(
+        steps[kind] * loop["instructions"]
+        for kind, loop in (("pairs", pair_loop), ("singles", single_loop))
+    )
     active = 1 - shares[0]
     needed = n * k * (bits + active * 8 / 64) / 8
     dram_us = needed / gpu.gigabytes_per_second / 1e3
@@ -122,10 +127,7 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
         "padding": read / useful - 1,
         "issue, share of DRAM": executed("instructions") * threads / (128 * cycles) / dram_us,
         "ALU, share of DRAM": executed("alu") * threads / (64 * cycles) / dram_us,
-        "loops only, issue": (
-            (steps["pairs"] * pair_loop["instructions"] + steps["singles"] * single_loop["instructions"])
-            * threads / (128 * cycles) / dram_us
-        ),
+        "loops alone, issue": of_loops * threads / (128 * cycles) / dram_us,
     }  # fmt: skip
 
 

@@ -102,10 +102,8 @@ def launch(
         )
     out = tuple(x.new_empty(*x.shape[:-1], size) for size in n)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    scratch = [
-        torch.empty(programs * capacity, dtype=torch.int64, device=x.device),
-        floats(programs * compiled_rows * capacity),
-    ]
+    entries = programs * capacity * (1 + compiled_rows)
+    scratch = [torch.empty(entries, dtype=torch.int64, device=x.device)]
     if mma:
         scratch.append(floats(programs * WARPS * compiled_rows * tile))
     else:

@@ -19,6 +19,7 @@ from grinqh_ao.ops.triton.lists import (
     merge,
     power_of_two,
     scales_at,
+    value_of,
     words_at,
 )
 from grinqh_ao.ops.triton.members import find, pick
@@ -58,7 +59,7 @@ def unit(bit):
 
 @triton.jit
 def scale_entries(
-    at, x, multiplier, count, scales, capacity, total, MEAN: tl.constexpr, WORDS: tl.constexpr,
+    entries, multiplier, count, scales, capacity, total, MEAN: tl.constexpr, WORDS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes x * scale of every entry and group, adds their sums times the mean code to total."""
@@ -68,10 +69,11 @@ def scale_entries(
     entry = tl.arange(0, AT_ONCE)[:, None]
     for start in range(0, count, AT_ONCE):
         position = start + entry
-        scale = decode_scale(tl.load(scales + scales_at(tl.load(at + position)) + group))
+        this = entries + position * (1 + ROWS)
+        scale = decode_scale(tl.load(scales + scales_at(tl.load(this)) + group))
         new = ()
         for r in tl.static_range(ROWS):
-            product = tl.load(x + r * capacity + position) * scale
+            product = value_of(tl.load(this + 1 + r)) * scale
             tl.store(multiplier + (r * capacity + position) * GROUPS + group, product)
             new = new + (total[r] + product * MEAN,)
         total = new
@@ -141,8 +143,7 @@ def decode_fma_kernel(
     tiles,
     slice_words,  # words from one slice to the next
     # Of all:
-    entries_at,  # int64 [programs, capacity], see lists.py
-    entries_x,  # float32 [programs, ROWS, capacity]
+    entries,  # int64 [programs, capacity, 1 + ROWS], see lists.py
     multipliers,  # float32 [programs, ROWS, capacity + 1, WORDS / 4]
     partial,  # float32 [splits, ROWS, all tiles * TILE]
     arrivals,  # int32 [all tiles]
@@ -168,20 +169,20 @@ def decode_fma_kernel(
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
+    ENTRY: tl.constexpr = 1 + ROWS
     STEP: tl.constexpr = lanes_per_row(WORDS, ROWS)
     PADDING: tl.constexpr = entries_at_once(WORDS)
 
     first = split * chunk
     last = tl.minimum(first + chunk, k)
     program = (split * all_tiles + tile).to(tl.int64)
-    entries_at += program * capacity
-    entries_x += program * capacity * ROWS
+    entries += program * capacity * ENTRY
     multipliers += program * (capacity + 1) * (ROWS * GROUPS)
     to_single = 2 * chunk + PADDING
+    single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, pick(member, thresholds), pick(member, gains), entries_at, entries_x,
-        entries_at + to_single, entries_x + to_single, capacity, first, last, rows, k,
-        2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
+        x, pick(member, thresholds), pick(member, gains), entries, single_entries, first, last,
+        rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -190,13 +191,12 @@ def decode_fma_kernel(
         totals = totals + (tl.zeros((PADDING, GROUPS), tl.float32),)
     if has_pairs(LEVELS):
         totals = scale_entries(
-            entries_at, entries_x, multipliers, num_pairs, scales, capacity, totals, 7.5, WORDS,
-            ROWS,
+            entries, multipliers, num_pairs, scales, capacity, totals, 7.5, WORDS, ROWS,
         )  # fmt: skip
     if has_singles(LEVELS):
         totals = scale_entries(
-            entries_at + to_single, entries_x + to_single, multipliers + to_single * GROUPS,
-            num_singles, scales, capacity, totals, 1.5, WORDS, ROWS,
+            single_entries, multipliers + to_single * GROUPS, num_singles, scales, capacity, totals,
+            1.5, WORDS, ROWS,
         )  # fmt: skip
     # The row behind the last entry: what all outputs of a group have to be corrected by.
     correction = multipliers + ROWS * capacity * GROUPS
@@ -212,7 +212,7 @@ def decode_fma_kernel(
         acc = acc + (tl.zeros((STEP, WORDS), tl.float32),)
     if has_pairs(LEVELS):
         for start in range(0, num_pairs, STEP):
-            at = words_at(tl.load(entries_at + start + lane), WORDS)
+            at = words_at(tl.load(entries + (start + lane) * ENTRY), WORDS)
             even, odd = merge(
                 tl.load(slices + word + at), tl.load(lower_slices + word + at), INTERPRET
             )
@@ -221,12 +221,12 @@ def decode_fma_kernel(
         acc = pairs_to_singles(acc, ROWS)
     if has_singles(LEVELS):
         for start in range(0, num_singles, 2 * STEP):  # as many words in flight as with pairs
-            entry = to_single + start + lane
-            at0 = words_at(tl.load(entries_at + entry), WORDS)
-            at1 = words_at(tl.load(entries_at + entry + STEP), WORDS)
+            entry = start + lane
+            at0 = words_at(tl.load(single_entries + entry * ENTRY), WORDS)
+            at1 = words_at(tl.load(single_entries + (entry + STEP) * ENTRY), WORDS)
             words0 = tl.load(slices + word + at0)
             words1 = tl.load(slices + word + at1)
-            multiplier = multipliers + entry * GROUPS
+            multiplier = multipliers + (to_single + entry) * GROUPS
             acc = accumulate(acc, words0, words0, multiplier, capacity, False, WORDS, ROWS)
             multiplier += STEP * GROUPS
             acc = accumulate(acc, words1, words1, multiplier, capacity, False, WORDS, ROWS)

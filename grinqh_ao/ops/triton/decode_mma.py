@@ -30,6 +30,7 @@ from grinqh_ao.ops.triton.lists import (
     merge,
     power_of_two,
     scales_at,
+    value_of,
     words_at,
 )
 from grinqh_ao.ops.triton.members import find, pick
@@ -87,12 +88,12 @@ def mma(acc, a0, a1, a2, a3, b0, b1, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def load_entries(at, x, block_capacity, BLOCKS: tl.constexpr):
-    """Of one channel per lane: where it is, and its x, in blocks of up to four rows."""
+def load_entries(entry, row, BLOCKS: tl.constexpr):
+    """Of one channel per lane: where it is, and the lane's row of x, in blocks of four rows."""
     xs = ()
     for block in tl.static_range(BLOCKS):
-        xs = xs + (tl.load(x + block * block_capacity),)
-    return tl.load(at), xs
+        xs = xs + (value_of(tl.load(entry + (1 + 4 * block + row))),)
+    return tl.load(entry), xs
 
 
 @triton.jit
@@ -263,8 +264,7 @@ def decode_mma_kernel(
     tiles,
     slice_words,  # words from one slice to the next
     # Of all:
-    entries_at,  # int64 [programs, capacity], see lists.py
-    entries_x,  # float32 [programs, ROWS, capacity]
+    entries,  # int64 [programs, capacity, 1 + ROWS], see lists.py
     warp_sums,  # float32 [programs, NUM_WARPS, ROWS, TILE]
     partial,  # float32 [splits, ROWS, all tiles * TILE]
     arrivals,  # int32 [all tiles]
@@ -290,6 +290,7 @@ def decode_mma_kernel(
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
     PAIRS: tl.constexpr = 8 * NUM_WARPS  # entries per step
     SINGLES: tl.constexpr = 16 * NUM_WARPS
+    ENTRY: tl.constexpr = 1 + ROWS
     BLOCKS: tl.constexpr = (ROWS + 3) // 4
     V: tl.constexpr = WORDS // 8
     TILE: tl.constexpr = 16 * WORDS
@@ -297,15 +298,11 @@ def decode_mma_kernel(
     first = split * chunk
     last = tl.minimum(first + chunk, k)
     program = (split * all_tiles + tile).to(tl.int64)
-    entries_at += program * capacity
-    entries_x += program * capacity * ROWS
-    to_single = 2 * chunk + SINGLES
-    single_at = entries_at + to_single
-    single_x = entries_x + to_single
+    entries += program * capacity * ENTRY
+    single_entries = entries + (2 * chunk + SINGLES) * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, pick(member, thresholds), pick(member, gains), entries_at, entries_x, single_at,
-        single_x, capacity, first, last, rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK,
-        MEAN_BLOCK, SINGLES, TOP,
+        x, pick(member, thresholds), pick(member, gains), entries, single_entries, first, last,
+        rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, SINGLES, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -336,10 +333,9 @@ def decode_mma_kernel(
 
     # Both loops load four rows of words per lane and step, and the entries of the next step.
     if has_pairs(LEVELS):
-        at = entries_at + (warp * 8 + t)
-        xs = entries_x + (warp * 8 + t + row * capacity)
-        at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
-        at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
+        entry = entries + (warp * 8 + t) * ENTRY
+        at0, x0 = load_entries(entry, row, BLOCKS)
+        at1, x1 = load_entries(entry + 4 * ENTRY, row, BLOCKS)
         for _ in range(0, num_pairs, PAIRS):
             u0 = tl.load(upper_words + words_at(at0, WORDS))
             u1 = tl.load(upper_words + words_at(at1, WORDS))
@@ -349,22 +345,20 @@ def decode_mma_kernel(
             s1 = load_scales(scales, at1, WORDS, ROWS)
             b0 = multipliers(x0, s0, shift, BLOCKS, ROWS)
             b1 = multipliers(x1, s1, shift, BLOCKS, ROWS)
-            at += PAIRS
-            xs += PAIRS
-            at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
-            at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
+            entry += PAIRS * ENTRY
+            at0, x0 = load_entries(entry, row, BLOCKS)
+            at1, x1 = load_entries(entry + 4 * ENTRY, row, BLOCKS)
             words0 = merge(u0, l0, INTERPRET)
             words1 = merge(u1, l1, INTERPRET)
             acc, sums = accumulate(acc, sums, words0, words1, b0, b1, True, BLOCKS, ROWS, INTERPRET)
         acc = pairs_to_singles(acc, BLOCKS)
 
     if has_singles(LEVELS):
-        at = single_at + (warp * 16 + t)
-        xs = single_x + (warp * 16 + t + row * capacity)
-        at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
-        at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
-        at2, x2 = load_entries(at + 8, xs + 8, 4 * capacity, BLOCKS)
-        at3, x3 = load_entries(at + 12, xs + 12, 4 * capacity, BLOCKS)
+        entry = single_entries + (warp * 16 + t) * ENTRY
+        at0, x0 = load_entries(entry, row, BLOCKS)
+        at1, x1 = load_entries(entry + 4 * ENTRY, row, BLOCKS)
+        at2, x2 = load_entries(entry + 8 * ENTRY, row, BLOCKS)
+        at3, x3 = load_entries(entry + 12 * ENTRY, row, BLOCKS)
         for _ in range(0, num_singles, SINGLES):
             w0 = tl.load(upper_words + words_at(at0, WORDS))
             w1 = tl.load(upper_words + words_at(at1, WORDS))
@@ -378,12 +372,11 @@ def decode_mma_kernel(
             b1 = multipliers(x1, s1, shift, BLOCKS, ROWS)
             b2 = multipliers(x2, s2, shift, BLOCKS, ROWS)
             b3 = multipliers(x3, s3, shift, BLOCKS, ROWS)
-            at += SINGLES
-            xs += SINGLES
-            at0, x0 = load_entries(at, xs, 4 * capacity, BLOCKS)
-            at1, x1 = load_entries(at + 4, xs + 4, 4 * capacity, BLOCKS)
-            at2, x2 = load_entries(at + 8, xs + 8, 4 * capacity, BLOCKS)
-            at3, x3 = load_entries(at + 12, xs + 12, 4 * capacity, BLOCKS)
+            entry += SINGLES * ENTRY
+            at0, x0 = load_entries(entry, row, BLOCKS)
+            at1, x1 = load_entries(entry + 4 * ENTRY, row, BLOCKS)
+            at2, x2 = load_entries(entry + 8 * ENTRY, row, BLOCKS)
+            at3, x3 = load_entries(entry + 12 * ENTRY, row, BLOCKS)
             acc, sums = accumulate(
                 acc, sums, (w0, w0), (w1, w1), b0, b1, False, BLOCKS, ROWS, INTERPRET
             )

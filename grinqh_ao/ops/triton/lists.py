@@ -85,6 +85,16 @@ def place_of(channel, WORDS: tl.constexpr):
 
 
 @triton.jit
+def bits_of(value):
+    return value.to(tl.int32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def value_of(bits):
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def words_at(entry, WORDS: tl.constexpr):
     """Offset of an entry's words; a multiple of WORDS, so that they are loaded in vectors."""
     return tl.multiple_of(entry.to(tl.int32), [WORDS] * len(entry.shape))
@@ -100,11 +110,8 @@ def build_lists(
     x,  # [rows, k]
     thresholds,  # float32 [2, len(LEVELS) - 1]
     gains,  # float32 [4]
-    pair_at,  # int64 [2 * chunk + PADDING], where words | where scales << 32, of one tile
-    pair_x,  # float32 [ROWS, capacity], what the codes are multiplied with, but for the scale
-    single_at,  # int64 [chunk + PADDING]
-    single_x,  # float32 [ROWS, capacity]
-    capacity,
+    pair_entries,  # int64 [2 * chunk + PADDING, 1 + ROWS]
+    single_entries,  # int64 [chunk + PADDING, 1 + ROWS]
     first,  # channels first .. last - 1
     last,
     rows,
@@ -118,7 +125,13 @@ def build_lists(
     PADDING: tl.constexpr,  # entries that multiply with zero behind the last one
     TOP: tl.constexpr,  # x is scaled by a power of two that puts the largest at 2 ** TOP
 ):
-    """Returns the lengths of both lists and the exponent of the power of two."""
+    """Returns the lengths of both lists and the exponent of the power of two.
+
+    An entry is one row of int64: where its words are | where its scales are << 32, both counted
+    from the beginning of a tile; then for every row of x what the codes are multiplied with, but
+    for the scale, as float32 bits.
+    """
+    ENTRY: tl.constexpr = 1 + ROWS
     STEPS: tl.constexpr = len(LEVELS) - 1
     channel = first + tl.arange(0, BLOCK)
     inside = channel < last
@@ -156,27 +169,27 @@ def build_lists(
 
     at = place_of(channel, WORDS)
     low_at = at + two_slices
-    place = before & 0xFFFF
-    tl.store(pair_at + place, at, mask=pairs > 0)
-    tl.store(pair_at + place + 1, low_at, mask=pairs > 1)
-    single_place = before >> 16
-    tl.store(single_at + single_place, tl.where(pairs > 0, low_at, at), mask=single > 0)
-    pad = tl.arange(0, PADDING)
-    nowhere = place_of(0 * pad + first, WORDS)
-    tl.store(pair_at + num_pairs + pad, nowhere)
-    tl.store(single_at + num_singles + pad, nowhere)
-
+    first_pair = pair_entries + (before & 0xFFFF) * ENTRY
+    only_single = single_entries + (before >> 16) * ENTRY
+    tl.store(first_pair, at, mask=pairs > 0)
+    tl.store(first_pair + ENTRY, low_at, mask=pairs > 1)
+    tl.store(only_single, tl.where(pairs > 0, low_at, at), mask=single > 0)
     for r in range(ROWS):
         mask = inside & (r < rows)
         value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32) * gain
-        here = r * capacity
-        tl.store(pair_x + here + place, value * 0.125, mask=pairs > 0)
-        tl.store(pair_x + here + place + 1, value * (0.125 / 16), mask=pairs > 1)
+        tl.store(first_pair + 1 + r, bits_of(value * 0.125), mask=pairs > 0)
+        tl.store(first_pair + ENTRY + 1 + r, bits_of(value * (0.125 / 16)), mask=pairs > 1)
         value = value * tl.where(pairs > 0, 0.5 / 16, 0.5)
-        tl.store(single_x + here + single_place, value, mask=single > 0)
-        zeros = tl.zeros((PADDING,), tl.float32)
-        tl.store(pair_x + here + num_pairs + pad, zeros)
-        tl.store(single_x + here + num_singles + pad, zeros)
+        tl.store(only_single + 1 + r, bits_of(value), mask=single > 0)
+
+    padding = tl.arange(0, PADDING) * ENTRY
+    nowhere = place_of(0 * padding + first, WORDS)
+    zero = tl.zeros((PADDING,), tl.int64)
+    tl.store(pair_entries + num_pairs * ENTRY + padding, nowhere)
+    tl.store(single_entries + num_singles * ENTRY + padding, nowhere)
+    for r in range(ROWS):
+        tl.store(pair_entries + num_pairs * ENTRY + padding + 1 + r, zero)
+        tl.store(single_entries + num_singles * ENTRY + padding + 1 + r, zero)
     return num_pairs, num_singles, exponent
 
 
