@@ -112,7 +112,7 @@ def decode_job(
         constants,
         capability,
         configurations.WARPS,
-        configurations.REGISTERS_OF_ONE_ROW if rows == 1 else None,
+        configurations.most_registers(form, rows, words),
         work,
     )
 

@@ -7,32 +7,49 @@ programs keep more bytes in flight; longer chunks waste less on lists and their 
 from __future__ import annotations
 
 WARPS = 4
-# Registers per thread that let four programs share a multiprocessor; more rows take what they need.
-REGISTERS_OF_ONE_ROW = 128
-
-# Compute capability -> programs wanted on each multiprocessor at a time, for the bytes in flight
-# that the memory's bandwidth and latency ask for. Of a capability that is not here, the next lower
-# one's. From the model in docs/kernel.md; not tuned on a GPU yet.
+# Compute capability -> programs on each multiprocessor at a time, at most: what fits, or less where
+# the memory's bandwidth and latency ask for fewer bytes in flight (a program has some 8 KiB). Of a
+# capability that is not here, the next lower one's. From the model in docs/kernel.md; not tuned on
+# a GPU yet.
 PROGRAMS_PER_SM = {
     80: 4,  # A100
-    86: 3,  # RTX 30
-    89: 3,  # RTX 40, L4, L40S
+    86: 2,  # RTX 30
+    89: 2,  # RTX 40, L4, L40S
     90: 4,  # H100, H200
     100: 4,  # B200
-    120: 3,  # RTX 50
+    120: 2,  # RTX 50
 }
-# Channels per program that are worth its lists and its partial sum.
-SHORTEST_CHUNK = 128
-# The same for layers so small that multiprocessors would idle.
-SHORTEST_CHUNK_OF_SMALL_LAYERS = 64
-LONGEST_CHUNK = 1024
+# Channels per program, powers of two because a list is built from a block of such a size; with
+# fewer a program is not worth its lists and its partial sum.
+CHUNKS = (128, 256, 512, 1024, 2048)
+# For layers so small that multiprocessors would idle.
+CHUNK_OF_SMALL_LAYERS = 64
+
+
+def most_registers(form: str, rows: int, words: int) -> int | None:
+    """Per thread; None where the compiler's own choice is right.
+
+    Up to 128 let four programs of one row share a multiprocessor. For the rest the compiler aims at
+    numbers of programs that make it spill, or does with limits that it does not need.
+    """
+    if rows == 1:
+        return None if (form, words) == ("mma", 16) else 128
+    return 192 if form == "mma" and rows <= 4 else None
 
 
 def chunk_length(capability: int, multiprocessors: int, tiles: int, k: int) -> int:
-    """Channels per program; ``capability`` is 10 * major + minor, 80 at least."""
+    """Channels per program: as few as all programs at a time allow.
+
+    Args:
+        capability: 10 * major + minor, 80 at least.
+        multiprocessors: of the GPU.
+        tiles: of all weights in the launch.
+        k: channels.
+    """
     known = max(row for row in PROGRAMS_PER_SM if row <= capability)
-    splits = max(1, PROGRAMS_PER_SM[known] * multiprocessors // tiles)
-    shortest = SHORTEST_CHUNK
-    if tiles * -(-k // shortest) < multiprocessors:
-        shortest = SHORTEST_CHUNK_OF_SMALL_LAYERS
-    return min(max(-(-k // splits), shortest), LONGEST_CHUNK)
+    if tiles * -(-k // CHUNKS[0]) < multiprocessors:
+        return CHUNK_OF_SMALL_LAYERS
+    for chunk in CHUNKS:
+        if tiles * -(-k // chunk) <= PROGRAMS_PER_SM[known] * multiprocessors:
+            return chunk
+    return CHUNKS[-1]

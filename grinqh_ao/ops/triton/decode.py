@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from grinqh_ao.ops.triton.arrivals import MOST_TILES, arrivals
-from grinqh_ao.ops.triton.configurations import REGISTERS_OF_ONE_ROW, WARPS, chunk_length
+from grinqh_ao.ops.triton.configurations import WARPS, chunk_length, most_registers
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
 from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel
 
@@ -87,7 +87,7 @@ def launch(
     splits = -(-k // chunk)
     programs = all_tiles * splits
     # Both lists of a program, each with padding, and what is loaded ahead of the last step.
-    capacity = 3 * chunk + (48 * WARPS if mma else 2 * entries_at_once(words))
+    capacity = 3 * chunk + (80 * WARPS if mma else 2 * entries_at_once(words))
 
     def of_each(name: str) -> tuple[Tensor, ...]:
         return tuple(getattr(weight, name).contiguous() for weight in weights)
@@ -136,6 +136,6 @@ def launch(
         SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SUMS_AT_ONCE // tile),
         INTERPRET=interpret,
         num_warps=WARPS,
-        maxnreg=REGISTERS_OF_ONE_ROW if rows == 1 else None,
+        maxnreg=most_registers("mma" if mma else "fma", rows, words),
     )
     return list(out)

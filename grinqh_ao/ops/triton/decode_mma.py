@@ -88,22 +88,42 @@ def mma(acc, a0, a1, a2, a3, b0, b1, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def load_entries(entry, row, BLOCKS: tl.constexpr):
-    """Of one channel per lane: where it is, and the lane's row of x, in blocks of four rows."""
+def load_entries(entry, row, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """Of COUNT channels per lane, 4 entries apart: places, and the lane's row of x.
+
+    x comes as tuples of blocks of four rows.
+    """
+    ats = ()
     xs = ()
-    for block in tl.static_range(BLOCKS):
-        xs = xs + (value_of(tl.load(entry + (1 + 4 * block + row))),)
-    return tl.load(entry), xs
+    for i in tl.static_range(COUNT):
+        this = entry + 4 * i * (1 + ROWS)
+        x = ()
+        for block in tl.static_range((ROWS + 3) // 4):
+            x = x + (value_of(tl.load(this + (1 + 4 * block + row))),)
+        ats = ats + (tl.load(this),)
+        xs = xs + (x,)
+    return ats, xs
 
 
 @triton.jit
-def load_scales(scales, at, WORDS: tl.constexpr, ROWS: tl.constexpr):
-    """Scale codes of one channel per lane: with one row of its column's group, else of four."""
-    pointer = scales + scales_at(at)
-    codes = ()
-    for j in tl.static_range(1 if ROWS == 1 else 4):
-        codes = codes + (tl.load(pointer + 2 * j * WORDS // 64),)
-    return codes
+def load_words(words, ats, WORDS: tl.constexpr):
+    new = ()
+    for i in tl.static_range(len(ats)):
+        new = new + (tl.load(words + words_at(ats[i], WORDS)),)
+    return new
+
+
+@triton.jit
+def load_scales(scales, ats, WORDS: tl.constexpr, ROWS: tl.constexpr):
+    """Scale codes: with one row of the lane's column's group, else of four groups."""
+    new = ()
+    for i in tl.static_range(len(ats)):
+        pointer = scales + scales_at(ats[i])
+        codes = ()
+        for j in tl.static_range(1 if ROWS == 1 else 4):
+            codes = codes + (tl.load(pointer + 2 * j * WORDS // 64),)
+        new = new + (codes,)
+    return new
 
 
 @triton.jit
@@ -290,7 +310,9 @@ def decode_mma_kernel(
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
     PAIRS: tl.constexpr = 8 * NUM_WARPS  # entries per step
     SINGLES: tl.constexpr = 16 * NUM_WARPS
+    PADDING: tl.constexpr = 2 * SINGLES  # to whole steps, and one that is loaded in vain
     ENTRY: tl.constexpr = 1 + ROWS
+    AHEAD: tl.constexpr = ROWS < 8
     BLOCKS: tl.constexpr = (ROWS + 3) // 4
     V: tl.constexpr = WORDS // 8
     TILE: tl.constexpr = 16 * WORDS
@@ -299,10 +321,10 @@ def decode_mma_kernel(
     last = tl.minimum(first + chunk, k)
     program = (split * all_tiles + tile).to(tl.int64)
     entries += program * capacity * ENTRY
-    single_entries = entries + (2 * chunk + SINGLES) * ENTRY
+    single_entries = entries + (2 * chunk + PADDING) * ENTRY
     num_pairs, num_singles, exponent = build_lists(
         x, pick(member, thresholds), pick(member, gains), entries, single_entries, first, last,
-        rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, SINGLES, TOP,
+        rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -331,58 +353,62 @@ def decode_mma_kernel(
     for _ in tl.static_range(2 if ROWS == 1 else 8 * BLOCKS):
         sums = sums + (tl.zeros((THREADS, 1), tl.float32),)
 
-    # Both loops load four rows of words per lane and step, and the entries of the next step.
+    # A step reads four rows of words per lane in both loops. They are loaded one step ahead, and
+    # the entries that say where they are another one; eight rows leave no registers for that.
     if has_pairs(LEVELS):
         entry = entries + (warp * 8 + t) * ENTRY
-        at0, x0 = load_entries(entry, row, BLOCKS)
-        at1, x1 = load_entries(entry + 4 * ENTRY, row, BLOCKS)
+        at, x = load_entries(entry, row, 2, ROWS)
+        upper = load_words(upper_words, at, WORDS)
+        lower = load_words(lower_words, at, WORDS)
+        scale = load_scales(scales, at, WORDS, ROWS)
+        entry += PAIRS * ENTRY
+        next_at, next_x = load_entries(entry, row, 2, ROWS)
         for _ in range(0, num_pairs, PAIRS):
-            u0 = tl.load(upper_words + words_at(at0, WORDS))
-            u1 = tl.load(upper_words + words_at(at1, WORDS))
-            l0 = tl.load(lower_words + words_at(at0, WORDS))
-            l1 = tl.load(lower_words + words_at(at1, WORDS))
-            s0 = load_scales(scales, at0, WORDS, ROWS)
-            s1 = load_scales(scales, at1, WORDS, ROWS)
-            b0 = multipliers(x0, s0, shift, BLOCKS, ROWS)
-            b1 = multipliers(x1, s1, shift, BLOCKS, ROWS)
+            if not AHEAD:
+                upper = load_words(upper_words, at, WORDS)
+                lower = load_words(lower_words, at, WORDS)
+                scale = load_scales(scales, at, WORDS, ROWS)
+            b0 = multipliers(x[0], scale[0], shift, BLOCKS, ROWS)
+            b1 = multipliers(x[1], scale[1], shift, BLOCKS, ROWS)
+            words0 = merge(upper[0], lower[0], INTERPRET)
+            words1 = merge(upper[1], lower[1], INTERPRET)
+            if AHEAD:
+                upper = load_words(upper_words, next_at, WORDS)
+                lower = load_words(lower_words, next_at, WORDS)
+                scale = load_scales(scales, next_at, WORDS, ROWS)
+            at = next_at
+            x = next_x
             entry += PAIRS * ENTRY
-            at0, x0 = load_entries(entry, row, BLOCKS)
-            at1, x1 = load_entries(entry + 4 * ENTRY, row, BLOCKS)
-            words0 = merge(u0, l0, INTERPRET)
-            words1 = merge(u1, l1, INTERPRET)
+            next_at, next_x = load_entries(entry, row, 2, ROWS)
             acc, sums = accumulate(acc, sums, words0, words1, b0, b1, True, BLOCKS, ROWS, INTERPRET)
         acc = pairs_to_singles(acc, BLOCKS)
 
     if has_singles(LEVELS):
         entry = single_entries + (warp * 16 + t) * ENTRY
-        at0, x0 = load_entries(entry, row, BLOCKS)
-        at1, x1 = load_entries(entry + 4 * ENTRY, row, BLOCKS)
-        at2, x2 = load_entries(entry + 8 * ENTRY, row, BLOCKS)
-        at3, x3 = load_entries(entry + 12 * ENTRY, row, BLOCKS)
+        at, x = load_entries(entry, row, 4, ROWS)
+        words = load_words(upper_words, at, WORDS)
+        scale = load_scales(scales, at, WORDS, ROWS)
+        entry += SINGLES * ENTRY
+        next_at, next_x = load_entries(entry, row, 4, ROWS)
         for _ in range(0, num_singles, SINGLES):
-            w0 = tl.load(upper_words + words_at(at0, WORDS))
-            w1 = tl.load(upper_words + words_at(at1, WORDS))
-            w2 = tl.load(upper_words + words_at(at2, WORDS))
-            w3 = tl.load(upper_words + words_at(at3, WORDS))
-            s0 = load_scales(scales, at0, WORDS, ROWS)
-            s1 = load_scales(scales, at1, WORDS, ROWS)
-            s2 = load_scales(scales, at2, WORDS, ROWS)
-            s3 = load_scales(scales, at3, WORDS, ROWS)
-            b0 = multipliers(x0, s0, shift, BLOCKS, ROWS)
-            b1 = multipliers(x1, s1, shift, BLOCKS, ROWS)
-            b2 = multipliers(x2, s2, shift, BLOCKS, ROWS)
-            b3 = multipliers(x3, s3, shift, BLOCKS, ROWS)
+            if not AHEAD:
+                words = load_words(upper_words, at, WORDS)
+                scale = load_scales(scales, at, WORDS, ROWS)
+            for i in tl.static_range(0, 4, 2):
+                b0 = multipliers(x[i], scale[i], shift, BLOCKS, ROWS)
+                b1 = multipliers(x[i + 1], scale[i + 1], shift, BLOCKS, ROWS)
+                words0 = (words[i], words[i])
+                words1 = (words[i + 1], words[i + 1])
+                acc, sums = accumulate(
+                    acc, sums, words0, words1, b0, b1, False, BLOCKS, ROWS, INTERPRET
+                )
+            if AHEAD:
+                words = load_words(upper_words, next_at, WORDS)
+                scale = load_scales(scales, next_at, WORDS, ROWS)
+            at = next_at
+            x = next_x
             entry += SINGLES * ENTRY
-            at0, x0 = load_entries(entry, row, BLOCKS)
-            at1, x1 = load_entries(entry + 4 * ENTRY, row, BLOCKS)
-            at2, x2 = load_entries(entry + 8 * ENTRY, row, BLOCKS)
-            at3, x3 = load_entries(entry + 12 * ENTRY, row, BLOCKS)
-            acc, sums = accumulate(
-                acc, sums, (w0, w0), (w1, w1), b0, b1, False, BLOCKS, ROWS, INTERPRET
-            )
-            acc, sums = accumulate(
-                acc, sums, (w2, w2), (w3, w3), b2, b3, False, BLOCKS, ROWS, INTERPRET
-            )
+            next_at, next_x = load_entries(entry, row, 4, ROWS)
 
     # Warps have summed up channels of their own. A reduction would go through shared memory too,
     # but element by element.
