@@ -79,6 +79,8 @@ def _why_separate(members: list[nn.Linear]) -> str:
     """Why linear layers cannot be decoded in one launch; empty if they can."""
     if any(type(member) is not nn.Linear for member in members):
         return "they are not plain nn.Linear layers"
+    if any("forward" in vars(member) for member in members):
+        return "something else, as accelerate's hooks, has replaced their forward()"
     weights = [member.weight for member in members]
     if not all(isinstance(weight, GrinqhTensor) for weight in weights):
         return "their weights are not all quantized by GRINQH"
@@ -99,20 +101,28 @@ def _compatible(weights: list[Any]) -> bool:
     )
 
 
+def _version(x: Tensor) -> int:
+    """Changes when ``x`` is written to, where PyTorch keeps count of that."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
 class _Group:
     """Layers that see the same activations, and results that wait to be fetched."""
 
     def __init__(self, members: list[nn.Linear]) -> None:
         self.members = members
-        # Activations, results, and the members that have not fetched theirs. Replaced as a whole,
-        # never changed: a model may run in several threads, whose activations differ.
-        self.waiting: tuple[Tensor, list[Tensor], frozenset[int]] | None = None
+        # Activations and their version, results, and the members that have not fetched theirs.
+        # Replaced as a whole, never changed: a model may run in several threads, whose activations
+        # differ.
+        self.waiting: tuple[Tensor, int, list[Tensor], frozenset[int]] | None = None
 
     def decodes(self, x: Tensor) -> bool:
         """Whether all members would decode all rows of ``x`` together, by the same op."""
         return (
             x.is_floating_point()
             and x.shape[-1] == self.members[0].in_features
+            and x.device == self.members[0].weight.device
+            and x.device.type != "meta"
             and not torch.is_autocast_enabled(x.device.type)
             and decoded_together()
             and _compatible([member.weight for member in self.members])
@@ -120,12 +130,13 @@ class _Group:
         )
 
     def result(self, index: int, x: Tensor) -> Tensor:
-        waiting = self.waiting
-        if waiting is None or waiting[0] is not x or index not in waiting[2]:
-            waiting = x, self._compute(x), frozenset(range(len(self.members)))
-        left = waiting[2] - {index}
-        self.waiting = (x, waiting[1], left) if left else None
-        return waiting[1][index]
+        waiting, version = self.waiting, _version(x)
+        fresh = waiting is not None and waiting[0] is x and waiting[1] == version
+        if waiting is None or not fresh or index not in waiting[3]:
+            waiting = x, version, self._compute(x), frozenset(range(len(self.members)))
+        left = waiting[3] - {index}
+        self.waiting = (x, version, waiting[2], left) if left else None
+        return waiting[2][index]
 
     def _compute(self, x: Tensor) -> list[Tensor]:
         weights: list[Any] = [member.weight for member in self.members]

@@ -239,5 +239,7 @@ def _count(
     index = level_index(rows, weight.thresholds).flatten(0, -2)
     if decoded_together():
         index = index.amax(0, keepdim=True)
-    counter.counts += torch.bincount(index.flatten(), minlength=len(counter.counts))
+    # Not bincount(), which waits for the device.
+    levels = torch.arange(len(counter.counts), device=index.device)
+    counter.counts += (index.flatten()[:, None] == levels).sum(0)
     counter.tokens += len(index)

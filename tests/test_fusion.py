@@ -181,6 +181,31 @@ def test_a_projection_alone_and_twice(model):
     assert mlp.gate_proj._group.waiting is None  # nothing is kept alive after a step
 
 
+@torch.no_grad()
+def test_activations_that_are_written_to_in_between(model):
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(1, 1, 64)
+    expected = mlp.up_proj(2 * x)
+    fuse_projections(model)
+    mlp.gate_proj(x)
+    x.mul_(2)
+    assert torch.equal(mlp.up_proj(x), expected)
+
+
+@torch.no_grad()
+def test_on_the_meta_device(model):
+    fuse_projections(model)
+    mlp = copy.deepcopy(model.model.layers[0].mlp).to("meta")
+    assert mlp(torch.empty(1, 1, 64, device="meta")).shape == (1, 1, 64)
+
+
+def test_a_replaced_forward_is_not_fused(model, log):
+    projection = model.model.layers[0].mlp.up_proj
+    projection.forward = projection.forward
+    assert len(fuse_projections(model)) == 3
+    assert "has replaced their forward()" in log.text
+
+
 def test_what_cannot_be_fused_is_left_and_logged(log):
     class Block(nn.Module):
         def __init__(self, *sizes: int) -> None:

@@ -48,6 +48,8 @@ def decode_linear(
     n = row_scale.shape[0]
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows = x.reshape(-1, k)
+    if len(rows) == 0:
+        return x.new_empty(*x.shape[:-1], n)
     index = level_index(rows, thresholds).amax(0)
     groups = scales.shape[2]
     y = torch.zeros(len(rows), tiles, groups, SCALE_GROUP, dtype=dtype, device=x.device)

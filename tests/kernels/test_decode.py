@@ -185,6 +185,17 @@ def test_each_row_grades_with_its_own_mean():
     assert_decoded(torch.stack([x[0], x[1] * 1000]).half(), weight)
 
 
+def test_a_row_that_overflowed_leaves_the_others_alone():
+    weight = absolute(GrinqhTensor.from_hp(torch.randn(256, 60)), 0.5, 1, 2, 3)
+    x = laplace(2, 60).half()
+    x[:, 3] = torch.tensor([1e4, 0])
+    expected = plain.decode_rows(x, weight)[1]
+    x[0, 3] = float("inf")  # read at the highest level, as 1e4 is
+    found = decode(x, weight)
+    assert not found[0].isfinite().any()
+    assert (found[1] - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
 def test_arguments_need_not_be_contiguous():
     weight = GrinqhTensor.from_hp(torch.randn(300, 50))
     assert_decoded(laplace(50, 2).half().t(), weight)

@@ -12,8 +12,9 @@ import threading
 import torch
 from torch import Tensor
 
-# 4 MiB: some 1000 graphs of a large model. Then captures begin to share counters, oldest first.
-CAPTURED = 1 << 20
+# 16 MiB: some 1400 graphs of an 8B model. Then captures begin to share counters, oldest first,
+# which is wrong only for graphs that are replayed at the same time.
+CAPTURED = 1 << 22
 MOST_TILES = 1 << 14
 
 _lock = threading.Lock()
@@ -31,12 +32,26 @@ def arrivals(tiles: int, device: torch.device) -> Tensor:
     found = _of_stream.get(key)
     if found is None:
         with _lock:
-            _of_stream[key] = found = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
             if index not in _of_captures:  # now, as nothing can be set to zero while capturing
-                _of_captures[index] = torch.zeros(CAPTURED, dtype=torch.int32, device=device)
+                _of_captures[index] = _zeros(CAPTURED, index)
                 _next_captured[index] = 0
-                torch.cuda.current_stream(index).synchronize()  # other streams will use them
+            _of_stream[key] = found = _zeros(MOST_TILES, index)
     return found
+
+
+def _zeros(count: int, index: int) -> Tensor:
+    """Allocated in a thread of its own: this one may be warming a graph up, in whose memory pool
+    nothing may stay."""
+    made = []
+
+    def make() -> None:
+        made.append(torch.zeros(count, dtype=torch.int32, device=f"cuda:{index}"))
+        torch.cuda.synchronize(index)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def _captured(tiles: int, index: int) -> Tensor:

@@ -54,7 +54,8 @@ def supports(x: Tensor, slices: Sequence[Tensor]) -> bool:
         and all(0 < s.numel() < 2**31 for s in slices)  # offsets are 32-bit
         and len({s.shape[3] for s in slices}) == 1
         and sum(s.shape[1] for s in slices) <= MOST_TILES
-        and x.numel() // x.shape[-1] <= MOST_ROWS
+        and 1 <= x.numel() // x.shape[-1] <= MOST_ROWS
+        and all(s.device == x.device for s in slices)
     )
 
 

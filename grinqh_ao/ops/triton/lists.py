@@ -62,8 +62,9 @@ def slices_of(magnitude, thresholds, mean, LEVELS: tl.constexpr):
     index = tl.zeros_like(magnitude).to(tl.int32)
     for j in tl.static_range(STEPS):
         threshold = tl.load(thresholds + j) + tl.load(thresholds + STEPS + j) * mean
+        threshold = tl.where(threshold > FLOAT32_MAX, FLOAT32_MAX, threshold)
         # Not `magnitude > threshold`: NaN is to be read at the highest level.
-        index += (~(magnitude <= tl.minimum(threshold, FLOAT32_MAX))).to(tl.int32)
+        index += (~(magnitude <= threshold)).to(tl.int32)
     if evenly_spaced(LEVELS):
         return index + LEVELS[0] // 2
     else:
@@ -146,15 +147,15 @@ def build_lists(
     for r in range(ROWS):
         mask = inside & (r < rows)
         magnitude = tl.abs(tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32))
-        largest = tl.maximum(largest, tl.max(magnitude, 0))
+        finite = tl.where(magnitude <= FLOAT32_MAX, magnitude, 0.0)
+        largest = tl.maximum(largest, tl.max(finite, 0))
         mean = 0.0
         if (relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
             mean = mean_magnitude(x + r * k, k, MEAN_BLOCK)
         wanted = slices_of(magnitude, thresholds, mean, LEVELS)
         slices = tl.maximum(slices, tl.where(mask, wanted, 0))
 
-    # Infinity has exponent 128 here, zero -127; within these bounds no product overflows, and all
-    # rows above 2 ** -100 keep their precision.
+    # Zero has exponent -127 here; within these bounds no product overflows.
     exponent = TOP - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
     exponent = tl.minimum(tl.maximum(exponent, -126), 126)
     gain = tl.load(gains + slices - 1, mask=slices > 0, other=0) * power_of_two(exponent)
