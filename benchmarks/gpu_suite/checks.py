@@ -15,7 +15,7 @@ from grinqh_ao import GrinqhConfig, GrinqhTensor, fuse_projections, set_bits
 from grinqh_ao.ops import oracle
 
 # Of the largest output.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 # Tiles of 512, 256, 128 and 64; odd sizes; one channel; chunks that do not divide.
 SHAPES = [(4096, 4096), (14336, 512), (1000, 777), (768, 4099), (384, 100), (70, 9), (5, 1)]
 
