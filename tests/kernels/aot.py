@@ -98,7 +98,7 @@ def decode_job(
     if form == "mma":
         entries = (8, 16)
     else:
-        channels = decode_fma.lanes_per_row(words, rows) / configurations.WARPS
+        channels = decode_fma.channels_per_step(words, rows) / configurations.WARPS
         entries = (channels, 2 * channels)
     # A warp's entries; a pair is two slices of 16 * words weights, a single one.
     work = {

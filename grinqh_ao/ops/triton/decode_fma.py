@@ -29,7 +29,7 @@ TOP = tl.constexpr(100)
 
 
 @triton.constexpr_function
-def lanes_per_row(words, rows):
+def channels_per_step(words, rows):
     """Channels per step: 128 threads with four words each, or fewer where rows need registers."""
     return 128 * max(1, 4 // rows) // words
 
@@ -170,7 +170,7 @@ def decode_fma_kernel(
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
     ENTRY: tl.constexpr = 1 + ROWS
-    STEP: tl.constexpr = lanes_per_row(WORDS, ROWS)
+    STEP: tl.constexpr = channels_per_step(WORDS, ROWS)
     PADDING: tl.constexpr = entries_at_once(WORDS)
 
     first = split * chunk
