@@ -57,7 +57,7 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     gpu = GPUS[name]
     tile = tile_width(n)
     tiles = -(-n // tile)
-    chunk = configurations.chunk_length(gpu.capability, gpu.multiprocessors, tiles, k)
+    chunk = configurations.chunk_length(gpu.capability, gpu.multiprocessors, tiles, k, form, 1)
     splits = -(-k // chunk)
     programs = tiles * splits
     block = triton.next_power_of_2(chunk)
@@ -114,7 +114,8 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     threads = programs * 32 * configurations.WARPS
     fit = REGISTERS_PER_SM // (-(-compiled["registers"] // 8) * 8 * 32 * configurations.WARPS)
     resident = min(fit, programs / gpu.multiprocessors)
-    in_flight = resident * configurations.WARPS * 2048 * gpu.multiprocessors
+    step = 2048 * (configurations.depth(1, block) if form == "mma" else 1)  # bytes of a warp
+    in_flight = resident * configurations.WARPS * step * gpu.multiprocessors
     return {
         "gpu": name,
         "layer": f"{n}x{k}",

@@ -82,7 +82,7 @@ class Job(NamedTuple):
 
 
 def decode_job(
-    form: str, rows: int, words: int, capability: int, block: int = 512, mean_block: int = 4096
+    form: str, rows: int, words: int, capability: int, block: int = 1024, mean_block: int = 4096
 ) -> Job:
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
@@ -96,7 +96,8 @@ def decode_job(
         "INTERPRET": False,
     }
     if form == "mma":
-        entries = (8, 16)
+        depth = configurations.depth(rows, block)
+        entries = (8 * depth, 16 * depth)
     else:
         channels = decode_fma.channels_per_step(words, rows) / configurations.WARPS
         entries = (channels, 2 * channels)
@@ -106,13 +107,13 @@ def decode_job(
         "singles": entries[1] * 16 * words / 32,
     }
     return Job(
-        f"decode, {form}, rows {rows}, tile {16 * words}",
+        f"decode, {form}, rows {rows}, tile {16 * words}, chunks of {block}",
         kernel,
         {name: (DECODE | floats)[name] for name in kernel.arg_names if name in DECODE},
         constants,
         capability,
         configurations.WARPS,
-        configurations.most_registers(form, rows, words),
+        configurations.most_registers(form, rows, words, block, capability),
         work,
     )
 
@@ -138,6 +139,7 @@ def jobs() -> list[Job]:
         for capability in CAPABILITIES
         for job in (
             decode_job("mma", 1, 32, capability),
+            decode_job("mma", 1, 32, capability, block=256),
             decode_job("fma", 1, 32, capability),
             dequantize_job(4, 32, capability),
         )

@@ -25,7 +25,7 @@ def decode_together(x, weights, biases, chunk=None):
         for w, bias in zip(weights, biases, strict=True)
     ]
     chunk = chunk or x.shape[-1]
-    found = launch(x, arguments, weights[0].levels, chunk, counters, interpret=True)
+    found = launch(x, arguments, weights[0].levels, chunk, counters, 90, interpret=True)
     assert not counters.any()  # as the next launch needs them
     return found
 
@@ -86,6 +86,12 @@ def test_every_tile_width_and_number_of_rows(n, rows):
     assert weight.tile == min(n, 512)
     assert_decoded(laplace(rows, 40), weight, chunk=25)
     assert_decoded(laplace(rows, 40).half(), weight, chunk=25)
+
+
+@pytest.mark.parametrize("n", [256, 512])
+def test_deep_steps_of_long_chunks(n):
+    weight = GrinqhTensor.from_hp(torch.randn(n, 1100), bits=3)
+    assert_decoded(laplace(1, 1100).half(), weight, chunk=600)
 
 
 def test_equal_inputs_give_equal_bits_whatever_the_memory_held():

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from grinqh_ao.ops.triton.arrivals import MOST_TILES, arrivals
-from grinqh_ao.ops.triton.configurations import WARPS, chunk_length, most_registers
+from grinqh_ao.ops.triton.configurations import WARPS, chunk_length, depth, most_registers
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
 from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel
 
@@ -51,7 +51,7 @@ def supports(x: Tensor, slices: Sequence[Tensor]) -> bool:
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and device_of(x.device.index)[0] >= LEAST_CAPABILITY
-        and all(0 < s.numel() < 2**31 for s in slices)  # offsets are 32-bit
+        and all(0 < s.numel() < 2**30 for s in slices)  # offsets in bytes have 32 bits
         and len({s.shape[3] for s in slices}) == 1
         and sum(s.shape[1] for s in slices) <= MOST_TILES
         and 1 <= x.numel() // x.shape[-1] <= MOST_ROWS
@@ -63,8 +63,15 @@ def decode_linears(x: Tensor, weights: Sequence[Weight], levels: Sequence[int]) 
     """See :func:`grinqh_ao.ops.oracle.decode_linears`. One launch."""
     capability, multiprocessors = device_of(x.device.index)
     tiles = sum(weight.slices.shape[1] for weight in weights)
-    chunk = chunk_length(capability, multiprocessors, tiles, x.shape[-1])
-    return launch(x, weights, levels, chunk, arrivals(tiles, x.device), interpret=False)
+    k, words = weights[0].slices.shape[2:]
+    form = form_of(x, words)
+    chunk = chunk_length(capability, multiprocessors, tiles, k, form, x.numel() // k)
+    counters = arrivals(tiles, x.device)
+    return launch(x, weights, levels, chunk, counters, capability, interpret=False)
+
+
+def form_of(x: Tensor, words: int) -> str:
+    return "mma" if words >= 16 and x.dtype != torch.float32 else "fma"
 
 
 def launch(
@@ -73,12 +80,14 @@ def launch(
     levels: Sequence[int],
     chunk: int,
     counters: Tensor,
+    capability: int,
     interpret: bool,
 ) -> list[Tensor]:
     """Runs the kernel with chunks of a given length, on a device or in the interpreter."""
     k, words = weights[0].slices.shape[2:]
     rows = x.numel() // k
-    mma = words >= 16 and x.dtype != torch.float32
+    form = form_of(x, words)
+    mma = form == "mma"
     # Kernels are compiled for 1, 2, 4 and 8 rows; mma's columns take four at least.
     compiled_rows = triton.next_power_of_2(rows)
     if mma and compiled_rows == 2:
@@ -88,7 +97,9 @@ def launch(
     splits = -(-k // chunk)
     programs = all_tiles * splits
     # Both lists of a program, each with padding, and what is loaded ahead of the last step.
-    capacity = 3 * chunk + (80 * WARPS if mma else 2 * entries_at_once(words))
+    block = triton.next_power_of_2(chunk)
+    padding = 80 * depth(rows, block) * WARPS if mma else 2 * entries_at_once(words)
+    capacity = 3 * chunk + padding
 
     def of_each(name: str) -> tuple[Tensor, ...]:
         return tuple(getattr(weight, name).contiguous() for weight in weights)
@@ -132,11 +143,11 @@ def launch(
         LEVELS=tuple(levels),
         ROWS=compiled_rows,
         WORDS=words,
-        BLOCK=triton.next_power_of_2(chunk),
+        BLOCK=block,
         MEAN_BLOCK=min(triton.next_power_of_2(k), LARGEST_MEAN_BLOCK),
         SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SUMS_AT_ONCE // tile),
         INTERPRET=interpret,
         num_warps=WARPS,
-        maxnreg=most_registers("mma" if mma else "fma", rows, words),
+        maxnreg=most_registers(form, compiled_rows, words, block, capability),
     )
     return list(out)

@@ -18,9 +18,9 @@ from grinqh_ao.ops.triton.lists import (
     has_singles,
     merge,
     power_of_two,
-    scales_at,
+    scales_of,
     value_of,
-    words_at,
+    words_of,
 )
 from grinqh_ao.ops.triton.members import find, pick
 
@@ -70,7 +70,7 @@ def scale_entries(
     for start in range(0, count, AT_ONCE):
         position = start + entry
         this = entries + position * (1 + ROWS)
-        scale = decode_scale(tl.load(scales + scales_at(tl.load(this)) + group))
+        scale = decode_scale(tl.load(scales_of(scales, tl.load(this)) + group))
         new = ()
         for r in tl.static_range(ROWS):
             product = value_of(tl.load(this + 1 + r)) * scale
@@ -182,7 +182,7 @@ def decode_fma_kernel(
     single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponent = build_lists(
         x, pick(member, thresholds), pick(member, gains), entries, single_entries, first, last,
-        rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
+        rows, k, slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -212,9 +212,11 @@ def decode_fma_kernel(
         acc = acc + (tl.zeros((STEP, WORDS), tl.float32),)
     if has_pairs(LEVELS):
         for start in range(0, num_pairs, STEP):
-            at = words_at(tl.load(entries + (start + lane) * ENTRY), WORDS)
+            at = tl.load(entries + (start + lane) * ENTRY)
             even, odd = merge(
-                tl.load(slices + word + at), tl.load(lower_slices + word + at), INTERPRET
+                tl.load(words_of(slices, at, WORDS) + word),
+                tl.load(words_of(lower_slices, at, WORDS) + word),
+                INTERPRET,
             )
             multiplier = multipliers + (start + lane) * GROUPS
             acc = accumulate(acc, even, odd, multiplier, capacity, True, WORDS, ROWS)
@@ -222,10 +224,10 @@ def decode_fma_kernel(
     if has_singles(LEVELS):
         for start in range(0, num_singles, 2 * STEP):  # as many words in flight as with pairs
             entry = start + lane
-            at0 = words_at(tl.load(single_entries + entry * ENTRY), WORDS)
-            at1 = words_at(tl.load(single_entries + (entry + STEP) * ENTRY), WORDS)
-            words0 = tl.load(slices + word + at0)
-            words1 = tl.load(slices + word + at1)
+            at0 = tl.load(single_entries + entry * ENTRY)
+            at1 = tl.load(single_entries + (entry + STEP) * ENTRY)
+            words0 = tl.load(words_of(slices, at0, WORDS) + word)
+            words1 = tl.load(words_of(slices, at1, WORDS) + word)
             multiplier = multipliers + (to_single + entry) * GROUPS
             acc = accumulate(acc, words0, words0, multiplier, capacity, False, WORDS, ROWS)
             multiplier += STEP * GROUPS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grinqh_ao.ops.triton import configurations
 from grinqh_ao.ops.triton.combine import combine
 from grinqh_ao.ops.triton.fragments import (
     NUM_WARPS,
@@ -25,14 +26,15 @@ from grinqh_ao.ops.triton.lists import (
     has_singles,
     merge,
     power_of_two,
-    scales_at,
+    scales_of,
     value_of,
-    words_at,
+    words_of,
 )
 from grinqh_ao.ops.triton.members import find, pick
 
 # x is scaled to at most 2 ** TOP: products with scales and gains, at most 1, stay below 65504.
 TOP = tl.constexpr(14)
+depth = triton.constexpr_function(configurations.depth)
 
 
 @triton.jit
@@ -55,9 +57,10 @@ def load_entries(entry, row, COUNT: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def load_words(words, ats, WORDS: tl.constexpr):
+    v = tl.arange(0, WORDS // 8)[None, :]
     new = ()
     for i in tl.static_range(len(ats)):
-        new = new + (tl.load(words + words_at(ats[i], WORDS)),)
+        new = new + (tl.load(words_of(words, ats[i], WORDS) + v),)
     return new
 
 
@@ -66,7 +69,7 @@ def load_scales(scales, ats, WORDS: tl.constexpr, ROWS: tl.constexpr):
     """Scale codes: with one row of the lane's column's group, else of four groups."""
     new = ()
     for i in tl.static_range(len(ats)):
-        pointer = scales + scales_at(ats[i])
+        pointer = scales_of(scales, ats[i])
         codes = ()
         for j in tl.static_range(1 if ROWS == 1 else 4):
             codes = codes + (tl.load(pointer + 2 * j * WORDS // 64),)
@@ -166,8 +169,9 @@ def decode_mma_kernel(
     slice_words = pick(member, slice_words)
     slices = pick(member, slices) + tile_of_weight.to(tl.int64) * k * WORDS
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
-    PAIRS: tl.constexpr = 8 * NUM_WARPS  # entries per step
-    SINGLES: tl.constexpr = 16 * NUM_WARPS
+    DEPTH: tl.constexpr = depth(ROWS, BLOCK)
+    PAIRS: tl.constexpr = 8 * DEPTH * NUM_WARPS  # entries per step
+    SINGLES: tl.constexpr = 16 * DEPTH * NUM_WARPS
     PADDING: tl.constexpr = 2 * SINGLES  # to whole steps, and one that is loaded in vain
     ENTRY: tl.constexpr = 1 + ROWS
     AHEAD: tl.constexpr = ROWS < 8
@@ -182,7 +186,7 @@ def decode_mma_kernel(
     single_entries = entries + (2 * chunk + PADDING) * ENTRY
     num_pairs, num_singles, exponent = build_lists(
         x, pick(member, thresholds), pick(member, gains), entries, single_entries, first, last,
-        rows, k, 2 * slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
+        rows, k, slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -192,7 +196,6 @@ def decode_mma_kernel(
     warp = thread // 32
     g = thread // 4 % 8  # also the column of a B register
     t = thread % 4
-    v = tl.arange(0, V)[None, :]
     shift = 16 * (g // 4)
     if ROWS == 1:
         group = g * WORDS // 32
@@ -200,7 +203,7 @@ def decode_mma_kernel(
     else:
         group = 8 * (g // 4) * WORDS // 64
         row = g % 4
-    upper_words = slices + (g * V + v)
+    upper_words = slices + g * V
     lower_words = upper_words + slice_words
     scales = scales + group
 
@@ -211,25 +214,26 @@ def decode_mma_kernel(
     for _ in tl.static_range(2 if ROWS == 1 else 8 * BLOCKS):
         sums = sums + (tl.zeros((THREADS, 1), tl.float32),)
 
-    # A step reads four rows of words per lane in both loops. They are loaded one step ahead, and
-    # the entries that say where they are another one; eight rows leave no registers for that.
+    # A step reads 4 * DEPTH rows of words per lane in both loops. They are loaded one step ahead,
+    # and the entries that say where they are another one; eight rows leave no registers for that.
     if has_pairs(LEVELS):
-        entry = entries + (warp * 8 + t) * ENTRY
-        at, x = load_entries(entry, row, 2, ROWS)
+        entry = entries + (warp * (8 * DEPTH) + t) * ENTRY
+        at, x = load_entries(entry, row, 2 * DEPTH, ROWS)
         upper = load_words(upper_words, at, WORDS)
         lower = load_words(lower_words, at, WORDS)
         scale = load_scales(scales, at, WORDS, ROWS)
         entry += PAIRS * ENTRY
-        next_at, next_x = load_entries(entry, row, 2, ROWS)
+        next_at, next_x = load_entries(entry, row, 2 * DEPTH, ROWS)
         for _ in range(0, num_pairs, PAIRS):
             if not AHEAD:
                 upper = load_words(upper_words, at, WORDS)
                 lower = load_words(lower_words, at, WORDS)
                 scale = load_scales(scales, at, WORDS, ROWS)
-            b0 = multipliers(x[0], scale[0], shift, BLOCKS, ROWS)
-            b1 = multipliers(x[1], scale[1], shift, BLOCKS, ROWS)
-            words0 = merge(upper[0], lower[0], INTERPRET)
-            words1 = merge(upper[1], lower[1], INTERPRET)
+            b = ()
+            words = ()
+            for i in tl.static_range(2 * DEPTH):
+                b = b + (multipliers(x[i], scale[i], shift, BLOCKS, ROWS),)
+                words = words + (merge(upper[i], lower[i], INTERPRET),)
             if AHEAD:
                 upper = load_words(upper_words, next_at, WORDS)
                 lower = load_words(lower_words, next_at, WORDS)
@@ -237,22 +241,25 @@ def decode_mma_kernel(
             at = next_at
             x = next_x
             entry += PAIRS * ENTRY
-            next_at, next_x = load_entries(entry, row, 2, ROWS)
-            acc, sums = accumulate(acc, sums, words0, words1, b0, b1, True, BLOCKS, ROWS, INTERPRET)
+            next_at, next_x = load_entries(entry, row, 2 * DEPTH, ROWS)
+            for i in tl.static_range(0, 2 * DEPTH, 2):
+                acc, sums = accumulate(
+                    acc, sums, words[i], words[i + 1], b[i], b[i + 1], True, BLOCKS, ROWS, INTERPRET
+                )
         acc = pairs_to_singles(acc, BLOCKS)
 
     if has_singles(LEVELS):
-        entry = single_entries + (warp * 16 + t) * ENTRY
-        at, x = load_entries(entry, row, 4, ROWS)
+        entry = single_entries + (warp * (16 * DEPTH) + t) * ENTRY
+        at, x = load_entries(entry, row, 4 * DEPTH, ROWS)
         words = load_words(upper_words, at, WORDS)
         scale = load_scales(scales, at, WORDS, ROWS)
         entry += SINGLES * ENTRY
-        next_at, next_x = load_entries(entry, row, 4, ROWS)
+        next_at, next_x = load_entries(entry, row, 4 * DEPTH, ROWS)
         for _ in range(0, num_singles, SINGLES):
             if not AHEAD:
                 words = load_words(upper_words, at, WORDS)
                 scale = load_scales(scales, at, WORDS, ROWS)
-            for i in tl.static_range(0, 4, 2):
+            for i in tl.static_range(0, 4 * DEPTH, 2):
                 b0 = multipliers(x[i], scale[i], shift, BLOCKS, ROWS)
                 b1 = multipliers(x[i + 1], scale[i + 1], shift, BLOCKS, ROWS)
                 words0 = (words[i], words[i])
@@ -266,7 +273,7 @@ def decode_mma_kernel(
             at = next_at
             x = next_x
             entry += SINGLES * ENTRY
-            next_at, next_x = load_entries(entry, row, 4, ROWS)
+            next_at, next_x = load_entries(entry, row, 4 * DEPTH, ROWS)
 
     # Warps have summed up channels of their own. A reduction would go through shared memory too,
     # but element by element.

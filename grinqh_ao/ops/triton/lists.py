@@ -17,8 +17,6 @@ whose pairs are 0.5 * 4**-(s + 1) * ((4 q_s + q_(s+1)) - 7.5).
 
 from __future__ import annotations
 
-import itertools
-
 import triton
 import triton.language as tl
 
@@ -50,28 +48,17 @@ def mean_magnitude(x, k, BLOCK: tl.constexpr):
     return tl.sum(total, 0) / k
 
 
-@triton.constexpr_function
-def evenly_spaced(levels):
-    return all(b - a == 2 for a, b in itertools.pairwise(levels))
-
-
 @triton.jit
 def slices_of(magnitude, thresholds, mean, LEVELS: tl.constexpr):
     """Slices to read of every channel: ``grading.level_index``, mapped to levels / 2."""
     STEPS: tl.constexpr = len(LEVELS) - 1
-    index = tl.zeros_like(magnitude).to(tl.int32)
-    for j in tl.static_range(STEPS):
+    slices = tl.zeros_like(magnitude).to(tl.int32) + LEVELS[STEPS] // 2
+    for j in tl.static_range(STEPS - 1, -1, -1):
         threshold = tl.load(thresholds + j) + tl.load(thresholds + STEPS + j) * mean
         threshold = tl.where(threshold > FLOAT32_MAX, FLOAT32_MAX, threshold)
-        # Not `magnitude > threshold`: NaN is to be read at the highest level.
-        index += (~(magnitude <= threshold)).to(tl.int32)
-    if evenly_spaced(LEVELS):
-        return index + LEVELS[0] // 2
-    else:
-        slices = tl.zeros_like(index) + LEVELS[0] // 2
-        for j in tl.static_range(STEPS):
-            slices = tl.where(index > j, LEVELS[j + 1] // 2, slices)
-        return slices
+        # False for NaN, which is to be read at the highest level.
+        slices = tl.where(magnitude <= threshold, LEVELS[j] // 2, slices)
+    return slices
 
 
 @triton.jit
@@ -82,7 +69,7 @@ def power_of_two(exponent):
 
 @triton.jit
 def place_of(channel, WORDS: tl.constexpr):
-    return (channel * WORDS).to(tl.int64) | ((channel * (WORDS // 4)).to(tl.int64) << 32)
+    return channel.to(tl.int64) * (4 * WORDS + (WORDS // 4 << 32))
 
 
 @triton.jit
@@ -96,14 +83,15 @@ def value_of(bits):
 
 
 @triton.jit
-def words_at(entry, WORDS: tl.constexpr):
-    """Offset of an entry's words; a multiple of WORDS, so that they are loaded in vectors."""
-    return tl.multiple_of(entry.to(tl.int32), [WORDS] * len(entry.shape))
+def words_of(words, entry, WORDS: tl.constexpr):
+    """Pointers to the words of entries; unsigned bytes are added with the fewest instructions."""
+    offset = tl.multiple_of(entry & 0xFFFFFFFF, [4 * WORDS] * len(entry.shape))
+    return (words.to(tl.pointer_type(tl.int8)) + offset).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def scales_at(entry):
-    return (entry >> 32).to(tl.int32)
+def scales_of(scales, entry):
+    return scales + (entry >> 32)
 
 
 @triton.jit
@@ -117,7 +105,7 @@ def build_lists(
     last,
     rows,
     k,
-    two_slices,  # words from slice s to slice s + 2
+    slice_words,  # from one slice to the next
     LEVELS: tl.constexpr,
     WORDS: tl.constexpr,  # of one channel, in one slice of one tile
     ROWS: tl.constexpr,
@@ -128,7 +116,7 @@ def build_lists(
 ):
     """Returns the lengths of both lists and the exponent of the power of two.
 
-    An entry is one row of int64: where its words are | where its scales are << 32, both counted
+    An entry is one row of int64: where its words are | where its scales are << 32, both in bytes
     from the beginning of a tile; then for every row of x what the codes are multiplied with, but
     for the scale, as float32 bits.
     """
@@ -169,7 +157,7 @@ def build_lists(
     num_singles = total >> 16
 
     at = place_of(channel, WORDS)
-    low_at = at + two_slices
+    low_at = at + 8 * slice_words.to(tl.int64)  # two slices further down
     first_pair = pair_entries + (before & 0xFFFF) * ENTRY
     only_single = single_entries + (before >> 16) * ENTRY
     tl.store(first_pair, at, mask=pairs > 0)
