@@ -6,6 +6,7 @@
 >>> set_bits(model, 2.5)
 """
 
+from grinqh_ao.calibration import calibrate, token_batches
 from grinqh_ao.config import GrinqhConfig, all_but_head
 from grinqh_ao.decode_rule import decode_every_row
 from grinqh_ao.fusion import fuse_projections, unfuse_projections
@@ -19,10 +20,12 @@ __all__ = [
     "GrinqhConfig",
     "GrinqhTensor",
     "all_but_head",
+    "calibrate",
     "decode_every_row",
     "fuse_projections",
     "measure",
     "set_bits",
     "summary",
+    "token_batches",
     "unfuse_projections",
 ]

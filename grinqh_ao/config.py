@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from typing import Any
 
 from torch import nn
 from torchao.core.config import AOBaseConfig
@@ -28,6 +29,9 @@ class GrinqhConfig(AOBaseConfig):
             highest is what is stored, and what prefill uses.
         head_bits: the output head (``lm_head``) reads at least this many bits, because its
             errors go straight into the logits. None leaves the head dense. Why 6: docs/method.md.
+        calibration: batches for :func:`grinqh_ao.calibrate`, which is then called with the whole
+            model once its layers are quantized; ``token_batches`` makes them from texts. No part
+            of the config once it is saved.
 
     Raises:
         ValueError: a field is out of range.
@@ -36,9 +40,11 @@ class GrinqhConfig(AOBaseConfig):
     bits: float = 3.0
     levels: Sequence[int] = field(default_factory=lambda: list(ALL_LEVELS))
     head_bits: float | None = 6.0
+    calibration: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, calibration: Any) -> None:
         self.check()
+        self._calibration = calibration  # TorchAO saves no attribute with an underscore
         self.levels = list(self.levels)  # TorchAO's JSON knows no tuples
 
     def check(self) -> None:

@@ -4,8 +4,7 @@ A layer's thresholds are a float32 tensor [2, J] for J + 1 levels: the threshold
 
     thresholds[0] + thresholds[1] * mean(|x|)
 
-the first row absolute (solved from calibration data), the second relative to the token's own
-magnitude (needs no data). Channel k is read at the level with index #{j : |x_k| > threshold_j}.
+the first row absolute, the second relative to the token's own magnitude; one of them is zero. Channel k is read at the level with index #{j : |x_k| > threshold_j}.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from grinqh_ao.tails import Tail, laplace, measured
 
 ALL_LEVELS = (0, 2, 4, 6, 8)
 
@@ -38,49 +39,79 @@ def threshold_ratios(levels: tuple[int, ...]) -> list[float]:
     return [step / steps[0] for step in steps]
 
 
-def expected_bits(lowest_threshold: float, levels: tuple[int, ...]) -> float:
-    """Average bits per weight when the lowest threshold is this many times the token's mean |x|.
+def expected_bits(lowest_threshold: float, levels: tuple[int, ...], tail: Tail = laplace) -> float:
+    """Average bits per weight with thresholds of the given ratios, the lowest being given.
 
-    Activations are taken as Laplace, for which |x| / mean|x| is exponential: a share exp(-t) of
-    the channels lies above t. docs/method.md shows how well that is met on a real model.
+    Args:
+        lowest_threshold: in the units of ``tail``.
+        levels: ascending.
+        tail: share of the channels above a threshold. The default takes activations as Laplace
+            and thresholds in units of the token's mean |x|; docs/method.md shows how well that is
+            met on a real model.
     """
     bits = float(levels[0])
     for (a, b), ratio in zip(itertools.pairwise(levels), threshold_ratios(levels), strict=True):
-        bits += (b - a) * math.exp(-lowest_threshold * ratio)
+        bits += (b - a) * tail(lowest_threshold * ratio)
     return bits
 
 
 def level_shares(bits: float, levels: tuple[int, ...] = ALL_LEVELS) -> dict[int, float]:
     """The share of channels expected at each level, for the same activations."""
-    above = [math.exp(-t) for t in relative_thresholds(bits, levels)[1].tolist()]
+    above = [math.exp(-t) for t in thresholds_for(bits, levels)[1].tolist()]
     return {
         level: more - less
         for level, more, less in zip(levels, [1.0, *above], [*above, 0.0], strict=True)
     }
 
 
-def relative_thresholds(bits: float, levels: tuple[int, ...]) -> Tensor:
-    """float32 [2, len(levels) - 1]: thresholds for ``bits`` that need no calibration data.
+def thresholds_for(bits: float, levels: tuple[int, ...], curve: Tensor | None = None) -> Tensor:
+    """float32 [2, len(levels) - 1], on the CPU: thresholds that read ``bits`` bits on average.
+
+    Args:
+        bits: the average asked for.
+        levels: ascending.
+        curve: what calibration measured (see :mod:`.tails`). None takes activations as Laplace.
 
     Raises:
         ValueError: ``bits`` is not a number the levels can average to.
     """
     check_bits(bits, levels)
+    row, tail = _row_and_tail(curve)
     thresholds = torch.zeros(2, len(levels) - 1, dtype=torch.float32, device="cpu")
     if bits == levels[0]:
-        thresholds[1] = _FLOAT32_MAX
+        thresholds[row] = _FLOAT32_MAX
     elif len(levels) > 1:
-        low, high = 0.0, 1.0
-        while expected_bits(high, levels) > bits:
-            high *= 2
-        for _ in range(60):  # bisection: expected_bits falls as its threshold grows
-            middle = (low + high) / 2
-            low, high = (middle, high) if expected_bits(middle, levels) > bits else (low, middle)
         # Exact at the top, where every non-zero activation is to be read at the highest level.
-        lowest = 0.0 if bits == levels[-1] else high
+        lowest = 0.0 if bits == levels[-1] else _lowest_threshold(bits, levels, tail)
         for j, ratio in enumerate(threshold_ratios(levels)):
-            thresholds[1, j] = lowest * ratio
+            thresholds[row, j] = lowest * ratio
     return thresholds
+
+
+def bits_of(thresholds: Tensor, levels: tuple[int, ...], curve: Tensor | None = None) -> float:
+    """The average that :func:`thresholds_for` was asked for. Waits for the device."""
+    if len(levels) == 1:
+        return float(levels[0])
+    row, tail = _row_and_tail(curve)
+    return expected_bits(thresholds[row, 0].item(), levels, tail)
+
+
+def _row_and_tail(curve: Tensor | None) -> tuple[int, Tail]:
+    """Which row of the thresholds is in use, and the tail of what they are compared with."""
+    if curve is None:
+        return 1, laplace
+    absolute, _, *shares = curve.tolist()
+    return (0 if absolute else 1), measured(shares)
+
+
+def _lowest_threshold(bits: float, levels: tuple[int, ...], tail: Tail) -> float:
+    """Bisection over log2: expected_bits falls as its threshold grows."""
+    low, high = -64.0, 32.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        more = expected_bits(2.0**middle, levels, tail) > bits
+        low, high = (middle, high) if more else (low, middle)
+    return 2.0**high
 
 
 def level_index(x: Tensor, thresholds: Tensor) -> Tensor:

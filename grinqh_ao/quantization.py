@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
-from grinqh_ao.model import by_type, summary
+from grinqh_ao.model import by_type, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
 from grinqh_ao.tensor import SUPPORTED_DTYPES, GrinqhTensor
 from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
@@ -72,11 +73,28 @@ def _quantize(call: QuantizeCall) -> None:
                     "the others unchanged: call quantize_ again to go on"
                 )
                 raise
+    _calibrate(call.model, todo)
     if todo:
         after = summary(call.model)
         for line in by_type(after.dense, but=("Linear", "Embedding")):
             logger.warning("GrinqhConfig quantizes nn.Linear layers; left dense: %s", line)
         logger.info("%s", after)
+
+
+def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:
+    """With the data of the layers' configs, each of which most layers will share."""
+    for data in {
+        id(layer.config._calibration): layer.config._calibration for layer in layers
+    }.values():
+        if data is None:
+            continue
+        names = {layer.name for layer in layers if layer.config._calibration is data}
+        found = [entry for entry in quantized_linears(model) if entry[0] in names]
+        try:
+            calibrate_layers(model, found, data)
+        except BaseException as error:
+            error.add_note(f"{len(names)} layers are quantized, but not calibrated")
+            raise
 
 
 def _plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:

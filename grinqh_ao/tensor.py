@@ -24,13 +24,14 @@ from grinqh_ao.codec import (
 from grinqh_ao.decode_rule import decoded_together, first_decoded_row
 from grinqh_ao.grading import (
     ALL_LEVELS,
+    bits_of,
     check_bits,
     check_levels,
-    expected_bits,
     level_index,
-    relative_thresholds,
+    thresholds_for,
 )
 from grinqh_ao.slices import FIELDS_PER_WORD, pack, tile_width, unpack_rows
+from grinqh_ao.tails import check_curve
 
 aten = torch.ops.aten
 
@@ -50,6 +51,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         row_scale: bfloat16 [N].
         thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
         gains: float32 [4], of levels 2, 4, 6 and 8 (see :mod:`.codec`).
+        curve: float32 [387] where calibrated, else None (see :mod:`.tails`).
 
     Attributes:
         levels: the bits a channel may be read at, ascending; J + 1 of them.
@@ -59,12 +61,14 @@ class GrinqhTensor(TorchAOBaseTensor):
 
     tensor_data_names = ["slices", "scales", "row_scale", "thresholds", "gains"]
     tensor_attribute_names = ["levels", "min_bits", "dtype"]
+    optional_tensor_data_names = ["curve"]
 
     slices: Tensor
     scales: Tensor
     row_scale: Tensor
     thresholds: Tensor
     gains: Tensor
+    curve: Tensor | None
     levels: tuple[int, ...]
     min_bits: float
 
@@ -78,6 +82,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         levels: tuple[int, ...],
         min_bits: float,
         dtype: torch.dtype,
+        curve: Tensor | None = None,
     ) -> GrinqhTensor:
         shape = (row_scale.shape[0], slices.shape[2])
         return torch.Tensor._make_wrapper_subclass(
@@ -94,6 +99,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         levels: tuple[int, ...],
         min_bits: float,
         dtype: torch.dtype,
+        curve: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.slices = slices
@@ -103,6 +109,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         self.gains = gains
         self.levels = tuple(levels)
         self.min_bits = min_bits
+        self.curve = curve
 
     @classmethod
     @torch.compiler.disable  # done once per weight, and to give the same codes everywhere
@@ -128,7 +135,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         """
         levels = check_levels(levels)
         check_bits(bits, levels)
-        thresholds = relative_thresholds(max(bits, min_bits), levels)
+        thresholds = thresholds_for(max(bits, min_bits), levels)
         if weight.dim() != 2:
             raise ValueError(f"weight of shape {tuple(weight.shape)}: expected [out, in]")
         if weight.dtype not in SUPPORTED_DTYPES:
@@ -159,16 +166,33 @@ class GrinqhTensor(TorchAOBaseTensor):
             ValueError: ``bits`` is not an average that the levels can reach.
         """
         check_bits(bits, self.levels)
+        thresholds = thresholds_for(max(bits, self.min_bits), self.levels, self.curve)
         # In inference mode even thresholds that were made there may be written to.
         with torch.inference_mode():
-            self.thresholds.copy_(relative_thresholds(max(bits, self.min_bits), self.levels))
+            self.thresholds.copy_(thresholds)
+
+    def calibrate(self, curve: Tensor, bits: float | None = None) -> None:
+        """Replaces the formula behind ``bits`` by what calibration measured, in place.
+
+        Args:
+            curve: float32 [387], see :mod:`.tails`.
+            bits: as in :meth:`set_bits`; None keeps what the tensor aims at now.
+
+        Raises:
+            ValueError: ``curve`` is no curve, or ``bits`` out of range; nothing is changed.
+        """
+        check_curve(curve)
+        bits = self.bits if bits is None else bits
+        check_bits(bits, self.levels)
+        thresholds = thresholds_for(max(bits, self.min_bits), self.levels, curve)
+        self.curve = curve.to(self.device, copy=True)
+        with torch.inference_mode():
+            self.thresholds.copy_(thresholds)
 
     @property
     def bits(self) -> float:
         """Average bits per weight that the thresholds aim at. Waits for the device."""
-        if len(self.levels) == 1:
-            return float(self.levels[0])
-        return expected_bits(self.thresholds[1, 0].item(), self.levels)
+        return bits_of(self.thresholds, self.levels, self.curve)
 
     @property
     def tile(self) -> int:
@@ -250,7 +274,8 @@ class GrinqhTensor(TorchAOBaseTensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes of everything stored for this weight."""
-        return sum(getattr(self, name).nbytes for name in self.tensor_data_names)
+        data = [getattr(self, name) for name in self.tensor_data_names] + [self.curve]
+        return sum(tensor.nbytes for tensor in data if tensor is not None)
 
     def _quantization_type(self) -> str:  # what TorchAO asks for
         return f"levels={self.levels}, min_bits={self.min_bits:g}, tile={self.tile}"
@@ -258,7 +283,7 @@ class GrinqhTensor(TorchAOBaseTensor):
     def _stable_hash_for_caching(self) -> str:
         # Everything a compiled graph depends on beside the inner tensors' own metadata. Their names
         # too: graphs of another version of this class may lie in a cache on disk.
-        names = ",".join(self.tensor_data_names)
+        names = ",".join(self.__tensor_flatten__()[0])
         return f"{names};{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype}"
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -324,6 +349,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
         weight.levels,
         weight.min_bits,
         dtype,
+        None if weight.curve is None else move(weight.curve),
     )
     aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
     return aliased

@@ -15,8 +15,8 @@ from grinqh_ao.grading import (
     expected_bits,
     level_index,
     level_shares,
-    relative_thresholds,
     threshold_ratios,
+    thresholds_for,
 )
 
 LEVEL_SETS = [
@@ -44,14 +44,14 @@ def test_bits_solved_are_bits_measured_on_laplace_activations(case):
     levels, bits = case
     uniform = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     x = -uniform.log()  # exact quantiles of |x| for a Laplace x
-    assert bits_read(x, relative_thresholds(bits, levels), levels) == pytest.approx(bits, abs=0.01)
+    assert bits_read(x, thresholds_for(bits, levels), levels) == pytest.approx(bits, abs=0.01)
 
 
 @given(levels_and_bits(), st.sampled_from([1e-20, 1e-3, 1.0, 1e4, 1e30]))
 def test_the_scale_of_a_token_does_not_matter(case, scale):
     levels, bits = case
     x = torch.distributions.Laplace(0.0, 1.0).sample((3, 500))
-    thresholds = relative_thresholds(bits, levels)
+    thresholds = thresholds_for(bits, levels)
     changed = level_index(x, thresholds) != level_index(x * scale, thresholds)
     assert changed.float().mean() < 0.01  # only what rounds across a threshold
 
@@ -67,21 +67,21 @@ def test_ratios_grow_and_expected_bits_fall(levels):
 
 
 def test_constants_of_the_documentation():
-    assert relative_thresholds(3, ALL_LEVELS)[1, 0] == pytest.approx(0.214, abs=0.006)
-    assert relative_thresholds(2, ALL_LEVELS)[1, 0] == pytest.approx(0.428, abs=0.006)
+    assert thresholds_for(3, ALL_LEVELS)[1, 0] == pytest.approx(0.214, abs=0.006)
+    assert thresholds_for(2, ALL_LEVELS)[1, 0] == pytest.approx(0.428, abs=0.006)
 
 
 @pytest.mark.parametrize("levels", LEVEL_SETS, ids=str)
 def test_ends_of_the_range_are_exact(levels):
     x = torch.randn(4, 1000) * 100
-    assert bits_read(x, relative_thresholds(levels[-1], levels), levels) == levels[-1]
+    assert bits_read(x, thresholds_for(levels[-1], levels), levels) == levels[-1]
     if levels[0] > 0:
-        assert bits_read(x, relative_thresholds(levels[0], levels), levels) == levels[0]
+        assert bits_read(x, thresholds_for(levels[0], levels), levels) == levels[0]
 
 
 def test_what_is_not_finite_is_read_in_full():
     for bits in (0.5, 3, 8):
-        thresholds = relative_thresholds(bits, ALL_LEVELS)
+        thresholds = thresholds_for(bits, ALL_LEVELS)
         for value in (math.nan, math.inf, -math.inf):
             x = torch.tensor([0.1, value, 3.0])
             assert level_index(x, thresholds)[1] == 4
@@ -90,8 +90,8 @@ def test_what_is_not_finite_is_read_in_full():
 def test_zeros_are_not_read():
     for bits in (0.5, 3, 8):
         x = torch.tensor([0.0, -0.0, 1.0])
-        assert level_index(x, relative_thresholds(bits, ALL_LEVELS)).tolist()[:2] == [0, 0]
-        assert not level_index(torch.zeros(5), relative_thresholds(bits, ALL_LEVELS)).any()
+        assert level_index(x, thresholds_for(bits, ALL_LEVELS)).tolist()[:2] == [0, 0]
+        assert not level_index(torch.zeros(5), thresholds_for(bits, ALL_LEVELS)).any()
 
 
 def test_absolute_thresholds_and_ties():
@@ -102,7 +102,7 @@ def test_absolute_thresholds_and_ties():
 
 def test_rows_are_graded_on_their_own():
     x = torch.stack([torch.randn(64), 1000 * torch.randn(64)])
-    thresholds = relative_thresholds(3, ALL_LEVELS)
+    thresholds = thresholds_for(3, ALL_LEVELS)
     rows = torch.stack([level_index(row, thresholds) for row in x])
     assert torch.equal(level_index(x, thresholds), rows)
 
@@ -110,7 +110,7 @@ def test_rows_are_graded_on_their_own():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_graded_in_float32_whatever_the_dtype(dtype):
     x = torch.randn(1000).to(dtype)
-    thresholds = relative_thresholds(3, ALL_LEVELS)
+    thresholds = thresholds_for(3, ALL_LEVELS)
     assert torch.equal(level_index(x, thresholds), level_index(x.float(), thresholds))
 
 

@@ -1,0 +1,232 @@
+"""calibrate(): bits met layer by layer, on text that it has not seen."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torchao.quantization import quantize_
+
+import grinqh_ao
+from grinqh_ao import GrinqhConfig, calibrate, decode_every_row, measure, set_bits, summary
+from grinqh_ao.calibration import token_batches
+from grinqh_ao.model import quantized_linears
+from models import tiny_model
+
+
+def quantized(family="llama", tied=False, **config):
+    model = tiny_model(family, tied=tied)
+    quantize_(model, GrinqhConfig(**config))
+    return model
+
+
+def batches(seed=0, count=8, length=128):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 320, (1, length), generator=generator) for _ in range(count)]
+
+
+def curves(model):
+    return {name: weight.curve for name, _, weight in quantized_linears(model)}
+
+
+@torch.no_grad()
+def read(model, ids):
+    with measure(model) as measured, decode_every_row(16):
+        model(ids)
+    return measured
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_every_layer_reads_what_was_asked_for(family, relative):
+    model = quantized(family, head_bits=None)
+    calibrate(model, batches(), relative=relative)
+    unseen = torch.cat(batches(seed=1, count=4))
+    for bits in (2, 3, 4.5, 6):
+        set_bits(model, bits)
+        measured = read(model, unseen)
+        assert measured.body.bits == pytest.approx(bits, abs=0.05)
+        for name, layer in measured.layers.items():
+            assert layer.bits == pytest.approx(bits, abs=0.25), name
+        assert summary(model).bits == pytest.approx(bits, abs=1e-3)
+
+
+def test_it_is_closer_than_the_formula(family):
+    model = quantized(family, bits=2, head_bits=None)
+    unseen = torch.cat(batches(seed=1, count=4))
+
+    def worst() -> float:
+        return max(abs(layer.bits - 2) for layer in read(model, unseen).layers.values())
+
+    before = worst()
+    calibrate(model, batches())
+    assert worst() < before
+
+
+def test_layers_with_one_input_share_a_curve(family):
+    model = quantized(family)
+    calibrate(model, batches())
+    found = curves(model)
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        q, k, v = (found[f"{prefix}self_attn.{n}_proj"] for n in "qkv")
+        assert torch.equal(q, k)
+        assert torch.equal(q, v)
+        assert torch.equal(found[f"{prefix}mlp.gate_proj"], found[f"{prefix}mlp.up_proj"])
+        assert not torch.equal(q, found[f"{prefix}mlp.down_proj"])
+
+
+def test_bits_are_kept_or_set():
+    model = quantized(bits=2.5)
+    calibrate(model, batches())
+    assert summary(model).bits == pytest.approx(2.5, abs=1e-3)
+    calibrate(model, batches(), bits=4)
+    assert summary(model).bits == pytest.approx(4, abs=1e-3)
+    assert next(iter(summary(model).heads.values())) == pytest.approx(6, abs=1e-3)
+
+
+def test_padding_and_first_positions_do_not_count():
+    model = quantized()
+    ids = batches(count=1)[0]
+    calibrate(model, [ids])
+    expected = curves(model)
+    padded = torch.cat([ids, torch.zeros(1, 40, dtype=torch.int64)], dim=1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 40, dtype=torch.int64)], dim=1)
+    calibrate(model, [{"input_ids": padded, "attention_mask": mask}])
+    for name, curve in curves(model).items():
+        assert torch.allclose(curve, expected[name], atol=1e-3), name
+
+
+def test_batches_add_up():
+    model = quantized()
+    rows = batches(count=3)
+    calibrate(model, rows)
+    expected = curves(model)
+    calibrate(model, (row for row in [torch.cat(rows)]))
+    for name, curve in curves(model).items():
+        assert torch.allclose(curve, expected[name], atol=1e-3), name
+
+
+class Tokenizer:
+    def __call__(self, text):
+        return {"input_ids": [ord(c) % 320 for c in text]}
+
+
+def test_texts():
+    text = "".join(chr(97 + i * i % 26) for i in range(900))
+    found = token_batches([text[:300], text[300:]], Tokenizer(), tokens=700)
+    assert [batch.shape for batch in found] == [(1, 512), (1, 188)]
+    model = quantized()
+    calibrate(model, [text[:300], text[300:]], tokenizer=Tokenizer(), tokens=700)
+    expected = curves(model)
+    calibrate(model, found)
+    assert all(torch.equal(curve, expected[name]) for name, curve in curves(model).items())
+    calibrate(model, text, tokenizer=Tokenizer())
+
+
+def test_through_the_config(family):
+    model, same = tiny_model(family, tied=False), tiny_model(family, tied=False)
+    quantize_(model, GrinqhConfig(bits=2.5, calibration=batches()))
+    quantize_(same, GrinqhConfig(bits=2.5))
+    calibrate(same, batches())
+    for (_, _, one), (_, _, other) in zip(
+        quantized_linears(model), quantized_linears(same), strict=True
+    ):
+        assert torch.equal(one.thresholds, other.thresholds)
+        assert torch.equal(one.curve, other.curve)
+
+
+def test_the_config_is_still_a_torchao_config():
+    from torchao.core.config import config_to_dict
+
+    config = GrinqhConfig(bits=2.5, calibration=batches())
+    assert config == GrinqhConfig(bits=2.5)
+    assert config_to_dict(config) == config_to_dict(GrinqhConfig(bits=2.5))
+
+
+def test_tied_weights_and_state_dicts(tmp_path):
+    model = quantized(tied=True)
+    calibrate(model, batches(), bits=3)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other = tiny_model("llama", tied=True)
+    other.load_state_dict(torch.load(tmp_path / "model.pt"), assign=True)
+    other.tie_weights()
+    ids = batches(seed=1, count=1)[0]
+    set_bits(model, 2.2)
+    set_bits(other, 2.2)
+    with torch.no_grad(), decode_every_row(4):
+        assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+def test_moves_and_copies_keep_the_curve():
+    model = quantized()
+    calibrate(model, batches())
+    moved = copy.deepcopy(model).to(torch.bfloat16)
+    expected = curves(model)
+    assert all(torch.equal(curve, expected[name]) for name, curve in curves(moved).items())
+    assert all(curve.dtype == torch.float32 for curve in curves(moved).values())
+
+
+def test_generation_and_compilation():
+    model = quantized()
+    calibrate(model, batches(), bits=2)
+    ids = batches(count=1)[0][:, :20]
+    eager = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    model.compile(fullgraph=True)
+    found = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, eager)
+
+
+def test_the_model_is_left_as_it_was():
+    model = quantized()
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    calibrate(model, batches())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": batches(), "bits": 9}, "bits of model.layers.0.self_attn.q_proj=9"),
+        ({"data": "some text"}, "tokenizer=None"),
+        ({"data": ["some", "text"]}, "tokenizer=None"),
+        ({"data": []}, "no token to count"),
+        ({"data": batches(length=16)}, "no token to count"),
+        ({"data": "too short", "tokenizer": Tokenizer()}, "no token to count"),
+    ],
+)
+def test_errors_leave_everything(arguments, message):
+    model = quantized()
+    before = {n: w.thresholds.clone() for n, _, w in quantized_linears(model)}
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, **arguments)
+    assert all(curve is None for curve in curves(model).values())
+    assert all(torch.equal(w.thresholds, before[n]) for n, _, w in quantized_linears(model))
+
+
+def test_a_failing_batch_leaves_everything():
+    model = quantized()
+    with pytest.raises(IndexError):
+        calibrate(model, itertools.chain(batches(), [torch.full((1, 40), 10_000)]))
+    assert all(curve is None for curve in curves(model).values())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_dense_models_are_refused():
+    with pytest.raises(ValueError, match="no layer is quantized"):
+        calibrate(tiny_model("llama", tied=False), batches())
+
+
+def test_layers_that_saw_nothing_are_named(caplog):
+    model = quantized()
+    model.extra = copy.deepcopy(model.lm_head)
+    calibrate(model, batches())
+    assert "extra" in caplog.text
+    assert model.extra.weight.curve is None
+
+
+def test_it_is_public():
+    assert grinqh_ao.calibrate is calibrate

@@ -1,0 +1,98 @@
+"""Curves: what calibration keeps of a layer's activations."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grinqh_ao.grading import ALL_LEVELS, bits_of, level_index, thresholds_for
+from grinqh_ao.tails import CURVE_LENGTH, Histogram, check_curve, laplace, measured
+
+LEVEL_SETS = [levels for size in range(2, 6) for levels in itertools.combinations(ALL_LEVELS, size)]
+
+
+def curve_of(x: torch.Tensor, relative: bool) -> torch.Tensor:
+    histogram = Histogram(relative)
+    histogram.add(x)
+    return histogram.curve()
+
+
+def activations(kind: str, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    x = torch.randn(300, 512)
+    if kind == "outliers":
+        x[:, 7] *= 1000
+    elif kind == "heavy":
+        x = x * torch.randn(512).exp() * torch.randn(300, 1).exp()
+    elif kind == "gated":
+        x = x * torch.randn_like(x).relu()
+    return x
+
+
+@given(
+    st.sampled_from(["normal", "outliers", "heavy", "gated"]),
+    st.sampled_from(LEVEL_SETS),
+    st.booleans(),
+    st.floats(0.02, 0.98),
+)
+def test_bits_solved_are_bits_read(kind, levels, relative, share):
+    x = activations(kind)
+    bits = levels[0] + share * (levels[-1] - levels[0])
+    thresholds = thresholds_for(bits, levels, curve_of(x, relative))
+    read = torch.tensor(levels, dtype=torch.float64)[level_index(x, thresholds).int()].mean()
+    zeros = float((x == 0).double().mean())  # are never read
+    reachable = min(bits, levels[0] * zeros + levels[-1] * (1 - zeros))
+    assert float(read) == pytest.approx(reachable, abs=0.03)
+    said = bits_of(thresholds, levels, curve_of(x, relative))
+    assert said == pytest.approx(reachable, abs=1e-3)
+
+
+def test_relative_curves_know_no_scale_of_tokens():
+    x = activations("normal")
+    scaled = x * torch.rand(300, 1).exp2()
+    assert torch.allclose(curve_of(x, True), curve_of(scaled, True), atol=1e-4)
+    assert not torch.allclose(curve_of(x, False), curve_of(scaled, False), atol=1e-4)
+
+
+def test_the_tail_of_laplace_activations_is_the_formula():
+    x = torch.distributions.Laplace(0.0, 1.0).sample((200, 4096))
+    tail = measured(curve_of(x, True)[2:].tolist())
+    for threshold in (0.01, 0.1, 0.5, 1.0, 3.0, 6.0):
+        assert tail(threshold) == pytest.approx(laplace(threshold), abs=0.005)
+
+
+def test_extremes():
+    curve = curve_of(activations("normal"), True)
+    x = activations("normal", seed=1)
+    assert (level_index(x, thresholds_for(8, ALL_LEVELS, curve)) == 4).all()
+    assert (level_index(x, thresholds_for(2, (2, 4, 8), curve)) == 0).all()
+
+
+def test_what_is_not_finite_or_all_zero_is_not_counted():
+    x = activations("normal")
+    spoiled = torch.cat([x, torch.full((1, 512), torch.nan), x[:1] / 0, torch.zeros(5, 512)])
+    for relative in (True, False):
+        assert torch.equal(curve_of(x, relative), curve_of(spoiled, relative))
+    histogram = Histogram(True)
+    histogram.add(torch.zeros(4, 512))
+    assert histogram.empty
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: c[1:], rf"expected float32 \[{CURVE_LENGTH}\]"),
+        (lambda c: c.double(), "float64"),
+        (lambda c: c.flip(0), "weights"),
+        (lambda c: torch.cat([c[:2], c[2:].flip(0)]), "do not fall"),
+        (lambda c: torch.cat([c[:2], c[2:] * torch.nan]), "do not fall"),
+        (lambda c: torch.cat([c[:2], c[2:] + 0.1]), "do not fall"),
+    ],
+)
+def test_what_is_no_curve(spoil, message):
+    curve = curve_of(activations("normal"), True)
+    check_curve(curve)
+    with pytest.raises(ValueError, match=message):
+        check_curve(spoil(curve))
