@@ -155,9 +155,8 @@ def _collect(
         with torch.compiler.set_stance("force_eager"), _evaluating(model):  # hooks must run
             for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
                 inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-                inputs = {
-                    k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()
-                }
+                for key, value in inputs.items():
+                    inputs[key] = value.to(device) if isinstance(value, Tensor) else value
                 counter.mask = inputs.get("attention_mask")
                 model(**inputs)
     finally:

@@ -4,7 +4,8 @@ A layer's thresholds are a float32 tensor [2, J] for J + 1 levels: the threshold
 
     thresholds[0] + thresholds[1] * mean(|x|)
 
-the first row absolute, the second relative to the token's own magnitude; one of them is zero. Channel k is read at the level with index #{j : |x_k| > threshold_j}.
+the first row absolute, the second relative to the token's own magnitude; one of them is zero.
+Channel k is read at the level with index #{j : |x_k| > threshold_j}.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def bits_of(thresholds: Tensor, levels: tuple[int, ...], curve: Tensor | None = 
     if len(levels) == 1:
         return float(levels[0])
     row, tail = _row_and_tail(curve)
-    return expected_bits(thresholds[row, 0].item(), levels, tail)
+    return expected_bits(float(thresholds[row, 0]), levels, tail)
 
 
 def _row_and_tail(curve: Tensor | None) -> tuple[int, Tail]:

@@ -83,11 +83,8 @@ def _quantize(call: QuantizeCall) -> None:
 
 def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:
     """With the data of the layers' configs, each of which most layers will share."""
-    for data in {
-        id(layer.config._calibration): layer.config._calibration for layer in layers
-    }.values():
-        if data is None:
-            continue
+    given = [layer.config._calibration for layer in layers]
+    for data in {id(data): data for data in given if data is not None}.values():
         names = {layer.name for layer in layers if layer.config._calibration is data}
         found = [entry for entry in quantized_linears(model) if entry[0] in names]
         try:

@@ -11,6 +11,7 @@ thresholds for any ``bits`` and any level set.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -63,7 +64,7 @@ class Histogram:
         self.counts = torch.zeros(POINTS + 1, dtype=torch.int64, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Counts activations [tokens, K]; tokens with NaN or infinity, or all zero, are left out."""
+        """Counts activations [tokens, K], but not of tokens that are not finite or all zero."""
         for block in x.split(max(1, _BLOCK // x.shape[1])):
             magnitude = block.abs().float()
             mean = magnitude.mean(dim=1, keepdim=True)
@@ -98,6 +99,6 @@ def check_curve(curve: Tensor) -> None:
     weights, shares = curve[:2].tolist(), curve[2:].tolist()
     if weights not in ([0.0, 1.0], [1.0, 0.0]):
         raise ValueError(f"curve with weights {weights}: expected [0, 1] or [1, 0]")
-    falls = all(a >= b for a, b in zip(shares, shares[1:], strict=False))
+    falls = all(a >= b for a, b in itertools.pairwise(shares))
     if not (falls and shares[-1] >= 0 and shares[0] <= 1):
         raise ValueError("curve whose shares do not fall from at most 1 to at least 0")
