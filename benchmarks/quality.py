@@ -1,119 +1,178 @@
-"""Quality without calibration data, on a text of your choice; and what the output head may read.
+"""Quality per bit: GRINQH at many bits, with and without calibration, and other quantizers.
 
-    python benchmarks/quality.py [--text FILE | --text debian-handbook] [--json FILE]
+    python benchmarks/quality.py [--text debian-handbook] [--others] [--json FILE]
 
-``debian-handbook`` is Debian's package of that name: ordinary English prose
-(``apt-get install debian-handbook``). The default is the prose of CPython's documentation.
+For texts by name see texts.py. All layers of the decoder are quantized; the output head stays in
+full precision but in the rows that say otherwise, for GRINQH and the others alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import html
 import json
-import re
 import sys
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import texts
+import torch
+from baselines import methods
+from baselines.scramble import scramble
 from tabulate import tabulate
 from torch import nn
 from torchao.quantization import quantize_
 
-from grinqh_ao import GrinqhConfig, all_but_head, demo, measure, set_bits
-from grinqh_ao.evaluation import quality, reference
+from grinqh_ao import (
+    GrinqhConfig,
+    all_but_head,
+    calibrate,
+    demo,
+    evaluate,
+    reference,
+    set_bits,
+    summary,
+    token_batches,
+)
 
-HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US")
-BODY_BITS = (4.0, 3.5, 3.0, 2.5, 2.0)
-HEAD_BITS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+BITS = (4.5, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0)
+HEAD_BITS = (3.0, 4.0, 6.0, 8.0)
+LONG_PROMPT = 256
+
+
+@dataclass
+class Row:
+    """One line: bits of the layers that were quantized, and what they cost."""
+
+    what: str
+    family: str
+    bits: float | None = None
+    with_scales: float | None = None
+    stored: float | None = None
+    kl: float | None = None
+    kl_median: float | None = None
+    kl_p90: float | None = None
+    perplexity: float | None = None
+    agreement: float | None = None
+    seconds: float | None = None
+    source: str = ""
+
+
+class Table:
+    def __init__(self, full) -> None:
+        self.full = full
+        self.rows: list[Row] = []
+
+    def add(self, model: nn.Module, row: Row, **options) -> None:
+        found = evaluate(model, self.full, **options)
+        for name in ("kl", "kl_median", "kl_p90", "perplexity", "agreement"):
+            setattr(row, name, getattr(found, name))
+        if found.read:
+            row.bits, row.with_scales = found.read.total.bits, found.read.total.bits_with_scales
+            row.stored = found.read.total.stored_bits
+        self.rows.append(row)
+        cells = [row.what, row.bits, row.with_scales, row.kl, row.perplexity]
+        print(*(f"{c:.4f}" if isinstance(c, float) else c for c in cells), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="as for the demo")
-    parser.add_argument("--text", help="a text file, or debian-handbook")
+    parser.add_argument("--text", default="cpython-docs")
     parser.add_argument("--skip-tokens", type=int, default=0, help="start that far into the text")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--handbook", type=Path, default=HANDBOOK, help="where its pages are")
+    parser.add_argument("--calibration", default="fortunes")
+    parser.add_argument("--calibration-tokens", type=int, default=4096)
+    parser.add_argument("--bits", type=float, nargs="*", default=BITS)
+    parser.add_argument("--others", action="store_true", help="other quantizers too")
+    parser.add_argument("--only", nargs="+", help="of them, those whose names contain one of these")
+    parser.add_argument("--cache", type=Path, help="keep the reference's predictions there")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     model, tokenizer = demo.load(arguments.model)
-    ids = demo.token_rows(tokenizer, text_of(arguments), arguments.tokens, arguments.skip_tokens)
-    full = reference(model, ids)
-    rows: list[dict] = []
-
-    def add(name: str, quantized: nn.Module, **options: bool) -> None:
-        with measure(quantized) as measured:
-            found = quality(quantized, full, **options)
-        read = measured.total if measured.layers else None
-        row = {
-            "what": name,
-            "bits": read and read.bits,
-            "with scales": read and read.bits_with_scales,
-            "KL": found.kl,
-            "perplexity": found.perplexity,
-            "same first token": found.agreement,
-        }
-        rows.append(row)
-        print(tabulate([row], tablefmt="plain", floatfmt=".4f"), flush=True)
-
-    full_perplexity = quality(model, full, decode_rule=False).perplexity
-    full_perplexity = quality(model, full, decode_rule=False).perplexity
-    print(f"full precision: perplexity {full_perplexity:.3f}")
-
-    body = copy.deepcopy(model)
-    quantize_(body, GrinqhConfig(), filter_fn=all_but_head)
-    add("body, dense path (prefill)", body, decode_rule=False)
-    for bits in BODY_BITS:
-        set_bits(body, bits)
-        add(f"body {bits:g}", body)
-
-    head = copy.deepcopy(model)
-    quantize_(
-        head,
-        GrinqhConfig(head_bits=0.5),
-        filter_fn=lambda module, name: (
-            isinstance(module, nn.Linear) and not all_but_head(module, name)
-        ),
+    scramble(model)
+    text = texts.load(arguments.text)
+    ids = demo.token_rows(tokenizer, text, arguments.tokens, arguments.skip_tokens)
+    batches = token_batches(
+        texts.load(arguments.calibration), tokenizer, arguments.calibration_tokens
     )
-    for bits in HEAD_BITS:
-        set_bits(head, bits)
-        add(f"head {bits:g}", head)
+    table = Table(reference(model, ids, cache=arguments.cache))
+    table.add(model, Row("full precision", "reference"), decode_rule=False)
+    noise = copy.deepcopy(model).to(torch.bfloat16)
+    table.add(noise, Row("bfloat16, the noise floor", "reference"), decode_rule=False)
+    del noise
 
-    quantize_(model, GrinqhConfig(bits=3))
-    add("all, bits=3, dense path (prefill)", model, decode_rule=False)
-    add("all, bits=3", model)
+    grinqh(model, batches, arguments.bits, table)
+    if arguments.others:
+        others(model, batches, arguments.only, table)
 
     print()
-    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=("", ".2f", ".2f", ".4f")))
+    shown = [{k: v for k, v in asdict(row).items() if k != "source"} for row in table.rows]
+    print(tabulate(shown, headers="keys", tablefmt="github", floatfmt=".4f"))
     machine = demo.describe_machine()
-    print(f"\n{ids.numel()} tokens, decode rule after the first 16 of each 512\n{machine}")
+    print(f"\n{ids.numel()} tokens, the first 16 of each {ids.shape[1]} not scored\n{machine}")
     if arguments.json:
         report = {
             "machine": machine,
             "arguments": sys.argv[1:],
             "tokens": ids.numel(),
-            "full_precision_perplexity": full_perplexity,
-            "rows": rows,
+            "rows": [asdict(row) for row in table.rows],
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def text_of(arguments: argparse.Namespace) -> str:
-    if arguments.text is None:
-        return demo.english_prose()
-    if arguments.text != "debian-handbook":
-        return Path(arguments.text).read_text()
-    paragraphs = []
-    for page in sorted(arguments.handbook.glob("*.html")):
-        for found in re.findall(r'<div class="para">(.*?)</div>', page.read_text(), re.DOTALL):
-            paragraph = " ".join(html.unescape(re.sub("<[^>]+>", "", found)).split())
-            if len(paragraph) > 200:
-                paragraphs.append(paragraph)
-    if not paragraphs:
-        raise SystemExit(f"no page in {arguments.handbook}: apt-get install debian-handbook")
-    return "\n\n".join(paragraphs)
+def grinqh(model: nn.Module, batches: list, bits: list[float], table: Table) -> None:
+    body = copy.deepcopy(model)
+    started = time.perf_counter()
+    quantize_(body, GrinqhConfig(), filter_fn=all_but_head)
+    seconds = time.perf_counter() - started
+    stored = 8 * sum(m.weight.stored_bytes for m in _quantized(body)) / summary(body).weights
+    row = Row("GRINQH, dense path (prefill)", "prefill", stored=stored, seconds=seconds)
+    table.add(body, row, decode_rule=False)
+    for family in ("GRINQH", "GRINQH, calibrated"):
+        if family != "GRINQH":
+            started = time.perf_counter()
+            calibrate(body, batches)
+            seconds = time.perf_counter() - started
+        for asked in bits:
+            set_bits(body, asked)
+            table.add(body, Row(f"{family}, {asked:g}", family, seconds=seconds))
+    set_bits(body, 3)
+    row = Row(f"GRINQH, calibrated, 3, after a prompt of {LONG_PROMPT}", "long prompt")
+    table.add(body, row, prompt=LONG_PROMPT)
+    del body
+
+    head = copy.deepcopy(model)
+    config = GrinqhConfig(head_bits=0.5)
+    quantize_(head, config, filter_fn=lambda m, n: isinstance(m, nn.Linear) and "lm_head" in n)
+    for asked in HEAD_BITS:
+        set_bits(head, asked)
+        table.add(head, Row(f"output head alone, {asked:g}", "head"))
+
+
+def _quantized(model: nn.Module) -> list[nn.Linear]:
+    return [m for n, m in model.named_modules() if all_but_head(m, n)]
+
+
+def others(model: nn.Module, batches: list, only: list[str] | None, table: Table) -> None:
+    for method in methods():
+        if only and not any(part in method.name for part in only):
+            continue
+        changed = copy.deepcopy(model)
+        started = time.perf_counter()
+        method.run(changed, batches)
+        row = Row(
+            method.name,
+            "others",
+            method.bits,
+            method.bits_with_scales,
+            method.bits_with_scales,
+            seconds=time.perf_counter() - started,
+            source=method.source,
+        )
+        table.add(changed, row, decode_rule=False)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 from grinqh_ao.calibration import calibrate, token_batches
 from grinqh_ao.config import GrinqhConfig, all_but_head
 from grinqh_ao.decode_rule import decode_every_row
+from grinqh_ao.evaluation import evaluate, reference
 from grinqh_ao.fusion import fuse_projections, unfuse_projections
 from grinqh_ao.metering import measure
 from grinqh_ao.model import set_bits, summary
@@ -22,8 +23,10 @@ __all__ = [
     "all_but_head",
     "calibrate",
     "decode_every_row",
+    "evaluate",
     "fuse_projections",
     "measure",
+    "reference",
     "set_bits",
     "summary",
     "token_batches",

@@ -29,8 +29,8 @@ from torch import Tensor
 from torchao.quantization import quantize_
 
 import grinqh_ao
-from grinqh_ao import GrinqhConfig, measure, set_bits, summary
-from grinqh_ao.evaluation import quality, reference
+from grinqh_ao import GrinqhConfig, set_bits, summary
+from grinqh_ao.evaluation import evaluate, reference
 from grinqh_ao.model import quantized_linears
 
 PROMPT = "Explain in two sentences why the sky is blue."
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     text, speed = _generate(model, tokenizer, inputs, arguments.new_tokens)
     print(f"\n{name}:\n{text}\n")
     full = reference(model, ids)
-    base = quality(model, full, decode_rule=False)
+    base = evaluate(model, full, decode_rule=False)
 
     started = time.perf_counter()
     quantize_(model, GrinqhConfig(bits=3))
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     print(f"quantized in {seconds:.1f} s")
     sizes = summary(model)
     stored = sizes.stored_bytes / 1e6
-    prefill = quality(model, full, decode_rule=False)
+    prefill = evaluate(model, full, decode_rule=False)
     rows = [
         Row(
             model=name,
@@ -123,8 +123,9 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         set_bits(model, bits)
         text, speed = _generate(model, tokenizer, inputs, arguments.new_tokens)
         print(f"\nGRINQH, bits={bits:g}:\n{text}")
-        with measure(model) as measured:
-            found = quality(model, full)
+        found = evaluate(model, full)
+        measured = found.read
+        assert measured is not None
         rows.append(
             Row(
                 model=f"GRINQH, bits={bits:g}",

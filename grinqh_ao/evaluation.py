@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grinqh_ao.decode_rule import decode_every_row
+from grinqh_ao.metering import Measurement, measure
+from grinqh_ao.model import quantized_linears
 
 
 @dataclass(frozen=True)
@@ -17,73 +24,144 @@ class Reference:
 
     Attributes:
         input_ids: int64 [B, S].
-        log_probs: [B, S, V], of the token that follows each position.
+        log_probs: B tensors, float32 [S, V], of the token that follows each position.
     """
 
     input_ids: Tensor
-    log_probs: Tensor
+    log_probs: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over the scored positions.
+    """What :func:`evaluate` finds, over the scored positions.
 
     Attributes:
-        kl: KL(reference || model) in nats per token.
+        kl: mean KL(reference || model), nats per token.
+        kl_median: its median over positions.
+        kl_p90: its 90th percentile.
         perplexity: exp of the mean negative log-likelihood of the true next token.
         agreement: share of positions where both put the same token first.
         positions: how many positions the KL is over.
+        read: what decoding read; None for a model that decoded nothing.
     """
 
     kl: float
+    kl_median: float
+    kl_p90: float
     perplexity: float
     agreement: float
     positions: int
+    read: Measurement | None
 
 
 @torch.no_grad()
-def reference(model: nn.Module, input_ids: Tensor) -> Reference:
-    """Runs ``model``, a causal language model of transformers, on ``input_ids`` [B, S]."""
-    logits = model(input_ids, use_cache=False).logits
-    return Reference(input_ids, logits.log_softmax(dim=-1, dtype=torch.float32))
-
-
-@torch.no_grad()
-def quality(
-    model: nn.Module, reference: Reference, *, decode_rule: bool = True, dense_prefix: int = 16
-) -> Quality:
-    """Compares ``model`` with a reference on the same text.
+def reference(
+    model: nn.Module, input_ids: Tensor, cache: str | PathLike[str] | None = None
+) -> Reference:
+    """What a model predicts, to compare others with; to be made before it is quantized.
 
     Args:
         model: a causal language model of transformers.
+        input_ids: int64 [B, S].
+        cache: a directory to keep the predictions in, 4 * V bytes a token. They are found again for
+            equal ``input_ids`` and an equal model (by name, shape and samples of its parameters).
+    """
+    if cache is None:
+        return Reference(input_ids, [_log_probs(model, row) for row in input_ids])
+    from safetensors.torch import save_file
+
+    directory = Path(cache).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"reference-{_fingerprint(model, input_ids)}.safetensors"
+    if not file.exists():
+        rows = {str(i): _log_probs(model, row).cpu() for i, row in enumerate(input_ids)}
+        unfinished = file.with_suffix(".unfinished")
+        save_file(rows, unfinished)
+        unfinished.rename(file)
+    return Reference(input_ids, _OnDisk(file, len(input_ids)))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, reference: Reference, *, decode_rule: bool = True, prompt: int = 16
+) -> Quality:
+    """Compares ``model`` with a reference on the same text, one sequence at a time.
+
+    With the decode rule, results are those of decoding token by token after a dense prefill of
+    ``prompt`` tokens: one pass, with every token graded by itself.
+
+    Args:
+        model: a causal language model of transformers, quantized or not.
         reference: from :func:`reference`, of the model before it was quantized.
-        decode_rule: read every token as decoding does; False takes the dense path of prefill.
-        dense_prefix: positions at the start of each sequence that are not scored, and that take
-            the dense path: a prompt.
+        decode_rule: read every token after the prompt as decoding does; False takes the dense path
+            of prefill for all.
+        prompt: positions at the start of each sequence that take the dense path and are not
+            scored. At least some 16 are needed for figures that say something about generation:
+            the first positions of a text draw massive activations, and are never decoded.
 
     Raises:
-        ValueError: ``dense_prefix`` leaves no position with a next token to score.
+        ValueError: ``prompt`` leaves no position with a next token to score.
     """
     ids = reference.input_ids
-    if not 0 <= dense_prefix < ids.shape[1] - 1:
+    if not 0 <= prompt < ids.shape[1] - 1:
         raise ValueError(
-            f"dense_prefix={dense_prefix!r}: expected 0 to {ids.shape[1] - 2} "
+            f"prompt={prompt!r}: expected 0 to {ids.shape[1] - 2} "
             f"for sequences of {ids.shape[1]} tokens"
         )
-    with decode_every_row(dense_prefix) if decode_rule else nullcontext():
-        logits = model(ids, use_cache=False).logits
-    kl = nll = agree = 0.0
-    for row, expected, found in zip(ids, reference.log_probs, logits, strict=True):
-        expected = expected[dense_prefix:]
-        found = found[dense_prefix:].log_softmax(dim=-1, dtype=torch.float32)
-        kl += (expected.exp() * (expected - found)).sum().item()
-        agree += (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum().item()
-        nll -= found[:-1].gather(1, row[dense_prefix + 1 :, None]).sum().item()
-    positions = ids.shape[0] * (ids.shape[1] - dense_prefix)
-    scored = positions - ids.shape[0]  # the last position of a sequence has no next token
+    divergences, nll, agree = [], 0.0, 0.0
+    measurement = None
+    with ExitStack() as stack:
+        if decode_rule:
+            stack.enter_context(decode_every_row(prompt))
+            if any(True for _ in quantized_linears(model)):
+                measurement = stack.enter_context(measure(model))
+        for row, expected in zip(ids, reference.log_probs, strict=True):
+            found = _log_probs(model, row)[prompt:]
+            expected = expected[prompt:].to(found.device)
+            divergences.append((expected.exp() * (expected - found)).sum(dim=-1))
+            agree += (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum().item()
+            nll -= found[:-1].gather(1, row[prompt + 1 :, None]).sum().item()
+    kl = torch.cat(divergences).double()
+    scored = len(kl) - len(ids)  # the last position of a sequence has no next token
     return Quality(
-        kl=kl / positions,
+        kl=kl.mean().item(),
+        kl_median=kl.median().item(),
+        kl_p90=kl.quantile(0.9).item(),
         perplexity=float(torch.tensor(nll / scored).exp()),
-        agreement=agree / positions,
-        positions=positions,
+        agreement=agree / len(kl),
+        positions=len(kl),
+        read=measurement if measurement and measurement.layers else None,
     )
+
+
+def _log_probs(model: Any, row: Tensor) -> Tensor:
+    """float32 [S, V]"""
+    logits: Tensor = model(row[None], use_cache=False).logits[0]
+    return logits.log_softmax(dim=-1, dtype=torch.float32)
+
+
+def _fingerprint(model: nn.Module, input_ids: Tensor) -> str:
+    digest = hashlib.sha256(input_ids.cpu().numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 997)]
+        digest.update(sample.cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _OnDisk(Sequence[Tensor]):
+    """Rows in a safetensors file, read one at a time."""
+
+    def __init__(self, file: Path, rows: int) -> None:
+        self._file, self._rows = file, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: Any) -> Any:
+        from safetensors import safe_open
+
+        if not 0 <= index < self._rows:
+            raise IndexError(index)
+        with safe_open(self._file, "pt") as stored:
+            return stored.get_tensor(str(index))

@@ -94,7 +94,8 @@ def bits_of(thresholds: Tensor, levels: tuple[int, ...], curve: Tensor | None = 
     if len(levels) == 1:
         return float(levels[0])
     row, tail = _row_and_tail(curve)
-    return expected_bits(float(thresholds[row, 0]), levels, tail)
+    lowest: float = thresholds[row, 0].item()
+    return expected_bits(lowest, levels, tail)
 
 
 def _row_and_tail(curve: Tensor | None) -> tuple[int, Tail]:
@@ -110,9 +111,9 @@ def _lowest_threshold(bits: float, levels: tuple[int, ...], tail: Tail) -> float
     low, high = -64.0, 32.0
     for _ in range(60):
         middle = (low + high) / 2
-        more = expected_bits(2.0**middle, levels, tail) > bits
+        more = expected_bits(math.exp2(middle), levels, tail) > bits
         low, high = (middle, high) if more else (low, middle)
-    return 2.0**high
+    return math.exp2(high)
 
 
 def level_index(x: Tensor, thresholds: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torchao.quantization import quantize_
 
 from grinqh_ao import GrinqhConfig, decode_every_row, set_bits
-from grinqh_ao.evaluation import quality, reference
+from grinqh_ao.evaluation import evaluate, reference
 from models import tiny_model
 
 
@@ -16,7 +16,7 @@ def ids() -> torch.Tensor:
 
 def test_a_model_equals_itself(family, ids):
     model = tiny_model(family, tied=False)
-    found = quality(model, reference(model, ids), dense_prefix=4)
+    found = evaluate(model, reference(model, ids), prompt=4)
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.agreement == 1
     assert found.positions == 3 * 16
@@ -28,18 +28,61 @@ def test_formulas(family, ids, decode_rule):
     model = tiny_model(family, tied=False)
     full = reference(model, ids)
     quantize_(model, GrinqhConfig(bits=2))
-    found = quality(model, full, decode_rule=decode_rule, dense_prefix=4)
+    found = evaluate(model, full, decode_rule=decode_rule, prompt=4)
     if decode_rule:
         with decode_every_row(4):
             logits = model(ids).logits
     else:
         logits = model(ids).logits
-    p, q = full.log_probs[:, 4:].double(), logits[:, 4:].double().log_softmax(-1)
+    p, q = torch.stack(full.log_probs)[:, 4:].double(), logits[:, 4:].double().log_softmax(-1)
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     target = torch.nn.functional.one_hot(ids[:, 5:], 320).double()
     nll = -(q[:, :-1] * target).sum(-1).mean()
     assert found.perplexity == pytest.approx(float(nll.exp()), rel=1e-4)
     assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    kl = (p.exp() * (p - q)).sum(-1).flatten()
+    assert found.kl_median == pytest.approx(float(kl.median()), rel=1e-3)
+    assert found.kl_p90 == pytest.approx(float(kl.quantile(0.9)), rel=1e-3)
+    assert (found.read is not None) == decode_rule
+    if decode_rule:
+        assert found.read.body.bits == pytest.approx(2, abs=0.5)
+
+
+@torch.no_grad()
+def test_it_is_decoding_token_by_token_after_a_dense_prefill(family, ids):
+    model = tiny_model(family, tied=False)
+    full = reference(model, ids)
+    quantize_(model, GrinqhConfig(bits=2.5))
+    found = evaluate(model, full, prompt=10)
+    divergences = []
+    for row, expected in zip(ids, full.log_probs, strict=True):
+        prefill = model(row[None, :10], use_cache=True)
+        cache = prefill.past_key_values
+        for position in range(10, len(row)):
+            output = model(row[None, position : position + 1], past_key_values=cache)
+            q = output.logits[0, -1].double().log_softmax(-1)
+            p = expected[position].double()
+            divergences.append(float((p.exp() * (p - q)).sum()))
+    assert found.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
+
+
+def test_cached_references(family, ids, tmp_path):
+    model = tiny_model(family, tied=False)
+    expected = reference(model, ids)
+    first = reference(model, ids, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+    again = reference(model, ids, cache=tmp_path)
+    assert file.stat().st_mtime_ns == written
+    for found in (first, again):
+        assert len(found.log_probs) == 3
+        rows = zip(found.log_probs, expected.log_probs, strict=True)
+        assert all(torch.equal(one, other) for one, other in rows)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    reference(model, ids, cache=tmp_path)
+    reference(model, ids + 1 - ids.min(), cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_more_bits_are_closer(family, ids):
@@ -49,12 +92,12 @@ def test_more_bits_are_closer(family, ids):
     divergences = []
     for bits in (8, 4, 2, 1):
         set_bits(model, bits)
-        divergences.append(quality(model, full).kl)
+        divergences.append(evaluate(model, full).kl)
     assert divergences == sorted(divergences)
 
 
 @pytest.mark.parametrize("prefix", [-1, 19, 20])
 def test_bad_prefix(ids, prefix):
     model = tiny_model("llama", tied=False)
-    with pytest.raises(ValueError, match=f"dense_prefix={prefix}: expected 0 to 18"):
-        quality(model, reference(model, ids), dense_prefix=prefix)
+    with pytest.raises(ValueError, match=f"prompt={prefix}: expected 0 to 18"):
+        evaluate(model, reference(model, ids), prompt=prefix)

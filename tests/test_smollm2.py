@@ -8,7 +8,7 @@ import torch
 from torchao.quantization import quantize_
 
 from grinqh_ao import GrinqhConfig, demo, measure, set_bits
-from grinqh_ao.evaluation import quality, reference
+from grinqh_ao.evaluation import evaluate, reference
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def test_smollm2_at_three_bits(loaded):
     quantize_(model, GrinqhConfig(bits=3))
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
-    assert quality(model, full, decode_rule=False).kl <= 0.004
-    with measure(model) as measured:
-        at_3 = quality(model, full)
+    assert evaluate(model, full, decode_rule=False).kl <= 0.004
+    at_3 = evaluate(model, full)
+    measured = at_3.read
     assert measured.body.bits == pytest.approx(3, abs=0.15)
     assert measured.body.bits_with_scales == pytest.approx(3.13, abs=0.15)
     assert measured.head.bits == pytest.approx(6, abs=0.15)

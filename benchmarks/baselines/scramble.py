@@ -1,0 +1,51 @@
+"""The same model with its channels in another order.
+
+SmolLM2's weights come rounded to a grid of 4 bits in blocks of 32 neighbouring input channels. A
+quantizer whose groups are such blocks would find that grid again and look better than it is. A
+Llama computes the same whatever the order of its hidden channels, of the channels of its MLPs, and
+of the channels within its values, so these are put in a random order first: groups of neighbouring
+channels are then groups of unrelated ones. GRINQH's groups run along outputs, in one channel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def scramble(model: Any, seed: int = 0) -> None:
+    """Permutes channels of a Llama-like model of transformers, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    config, decoder = model.config, model.model
+
+    def order(length: int) -> Tensor:
+        return torch.randperm(length, generator=generator)
+
+    hidden = order(config.hidden_size)
+    head = config.hidden_size // config.num_attention_heads
+    queries_per_value = config.num_attention_heads // config.num_key_value_heads
+    tied = model.lm_head.weight is decoder.embed_tokens.weight
+    for embedding in (decoder.embed_tokens,) if tied else (decoder.embed_tokens, model.lm_head):
+        embedding.weight.copy_(embedding.weight[:, hidden])
+    decoder.norm.weight.copy_(decoder.norm.weight[hidden])
+    for layer in decoder.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.copy_(norm.weight[hidden])
+        attention, mlp = layer.self_attn, layer.mlp
+        # Within every value head; all query heads that share it see the same order.
+        within = [order(head) for _ in range(config.num_key_value_heads)]
+        values = torch.cat([i * head + o for i, o in enumerate(within)])
+        outputs = torch.cat(
+            [i * head + within[i // queries_per_value] for i in range(config.num_attention_heads)]
+        )
+        inner = order(config.intermediate_size)
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight.copy_(projection.weight[:, hidden])
+        attention.v_proj.weight.copy_(attention.v_proj.weight[values][:, hidden])
+        attention.o_proj.weight.copy_(attention.o_proj.weight[hidden][:, outputs])
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight.copy_(projection.weight[inner][:, hidden])
+        mlp.down_proj.weight.copy_(mlp.down_proj.weight[hidden][:, inner])
