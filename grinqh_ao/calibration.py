@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from grinqh_ao.grading import check_bits
 from grinqh_ao.model import quantized_linears
-from grinqh_ao.tails import Histogram
+from grinqh_ao.tails import Histogram, common_curves
 from grinqh_ao.tensor import GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
@@ -23,6 +23,7 @@ SEQUENCE = 512
 # The first positions of a text attract massive activations, and take the dense path as a prompt.
 FIRST_POSITIONS = 16
 
+RELATIVE = 0.25
 # Of a token, on average: a longer text is not tokenized to its end.
 _MOST_CHARACTERS = 32
 
@@ -36,15 +37,17 @@ def calibrate(
     *,
     tokenizer: Callable[..., Any] | None = None,
     tokens: int = 4096,
-    relative: bool = True,
+    relative: float = RELATIVE,
 ) -> None:
-    """Measures activations once, so that ``set_bits`` is exact for every layer from then on.
+    """Measures activations once, so that ``bits`` is met on average, and bits go where they help.
 
-    Without it, the thresholds for a number of bits follow from a formula that fits layers on
-    average. One forward pass in the dense path; every layer keeps a curve of 1.5 KB from which the
-    thresholds for any ``bits`` follow, so the data is not needed again. Layers that see the same
-    input (q, k and v; gate and up) get the same curve. Works wherever the model runs: on a GPU,
-    sharded, offloaded. Calibrate before ``torch.compile``: a compiled model compiles once more.
+    Without it, thresholds follow from a formula. One forward pass in the dense path; each layer
+    keeps a curve of 1.5 KB, from which the thresholds for any ``bits`` follow: the data is not
+    needed again. In units of their average |x|, all layers get the same thresholds: they read
+    ``bits`` together, some more and some less, which is closer to the full-precision model than
+    equal bits in each (docs/quality.md). An output head keeps bits of its own. Works wherever the
+    model runs: on a GPU, sharded, offloaded. Calibrate before ``torch.compile``: a compiled model
+    compiles once more.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -54,8 +57,9 @@ def calibrate(
         bits: as in :func:`grinqh_ao.set_bits`; None keeps what each layer aims at now.
         tokenizer: of transformers; needed for texts.
         tokens: how many tokens of the texts to use at most, in sequences of 512.
-        relative: whether thresholds stay relative to each token's mean |x|. False makes them
-            absolute: a little less work per token, quality alike, but bits drift with the text.
+        relative: how much a token's thresholds follow its own mean |x|, from 0 (not at all) to 1.
+            The more, the less bits drift on text of another kind; the less, the more bits go to
+            the tokens that are large. Quality hardly depends on it (docs/quality.md).
 
     Raises:
         ValueError: nothing in ``model`` is quantized, ``bits`` is out of range for a layer, texts
@@ -67,6 +71,8 @@ def calibrate(
             f"model={type(model).__name__}: no layer is quantized; "
             "call quantize_(model, GrinqhConfig(bits=...)) first"
         )
+    if not 0 <= relative <= 1:
+        raise ValueError(f"relative={relative!r}: expected a number from 0 to 1")
     if bits is not None:
         for name, _, weight in layers:
             check_bits(bits, weight.levels, name=f"bits of {name or 'the layer'}")
@@ -78,7 +84,7 @@ def calibrate_layers(
     layers: list[tuple[str, nn.Module, GrinqhTensor]],
     batches: Iterable[Batch],
     bits: float | None = None,
-    relative: bool = True,
+    relative: float = RELATIVE,
 ) -> None:
     """:func:`calibrate` of some layers, as ``model.quantized_linears`` gives them."""
     histograms = _collect(model, batches, layers, relative)
@@ -86,15 +92,15 @@ def calibrate_layers(
         raise ValueError(
             f"data has no token to count: sequences must be longer than {FIRST_POSITIONS} tokens"
         )
-    missed = []
-    done: set[int] = set()
-    for name, _, weight in layers:
-        histogram = histograms[name]
-        if histogram.empty:
-            missed.append(name)
-        elif id(weight) not in done:  # tied weights may stand twice
-            weight.calibrate(histogram.curve(), bits)
-            done.add(id(weight))
+    seen = {weight: histograms[n] for n, _, weight in layers if not histograms[n].empty}
+    missed = [name for name, _, weight in layers if weight not in seen]
+    # An output head has bits of its own; all others share what is asked for.
+    heads = [[weight] for weight in seen if weight.min_bits]
+    for group in [[weight for weight in seen if not weight.min_bits], *heads]:
+        sizes = [weight.numel() for weight in group]
+        found = common_curves([seen[weight] for weight in group], sizes) if group else []
+        for weight, curve in zip(group, found, strict=True):
+            weight.calibrate(curve, bits)
     if missed:
         logger.warning(
             "%d of %d layers saw no token and keep the formula: %s%s",
@@ -142,10 +148,10 @@ def _collect(
     model: nn.Module,
     batches: Iterable[Batch],
     layers: list[tuple[str, nn.Module, GrinqhTensor]],
-    relative: bool,
+    relative: float,
 ) -> dict[str, Histogram]:
-    histograms = {name: Histogram(relative) for name, _, _ in layers}
-    counter = _Counter(relative)
+    histograms = {name: Histogram(relative, weight.device) for name, _, weight in layers}
+    counter = _Counter()
     handles = []
     for name, module, _ in layers:
         hook = functools.partial(counter.count, histograms[name])
@@ -166,13 +172,13 @@ def _collect(
 
 
 class _Counter:
-    """Adds what layers see to their histograms; what several layers see is counted once."""
+    """Counts what layers see; what several layers see one after the other is counted once."""
 
-    def __init__(self, relative: bool) -> None:
-        self.relative = relative
+    def __init__(self) -> None:
         self.mask: Tensor | None = None
-        self.last_input: Tensor | None = None
-        self.last_counts: Histogram | None = None
+        self._input: Tensor | None = None
+        self._counted_before: Histogram | None = None
+        self._before = Tensor()
 
     def count(
         self,
@@ -182,10 +188,13 @@ class _Counter:
         kwargs: dict[str, Tensor],
     ) -> None:
         x = args[0] if args else kwargs["input"]
-        if self.last_counts is None or x is not self.last_input:
-            self.last_input, self.last_counts = x, Histogram(self.relative, x.device)
-            self.last_counts.add(self._counted(x))
-        histogram.merge(self.last_counts)
+        other = self._counted_before
+        if x is self._input and other and histogram.average in (None, other.average):
+            histogram.average = other.average
+            histogram.counts += other.counts - self._before
+            return
+        self._input, self._counted_before, self._before = x, histogram, histogram.counts.clone()
+        histogram.add(self._counted(x))
 
     def _counted(self, x: Tensor) -> Tensor:
         """[tokens, K]: of x [B, S, K] what is no padding and no first position."""

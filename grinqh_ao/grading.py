@@ -4,7 +4,7 @@ A layer's thresholds are a float32 tensor [2, J] for J + 1 levels: the threshold
 
     thresholds[0] + thresholds[1] * mean(|x|)
 
-the first row absolute, the second relative to the token's own magnitude; one of them is zero.
+the first row absolute, the second relative to the token's own magnitude; mostly one is zero.
 Channel k is read at the level with index #{j : |x_k| > threshold_j}.
 """
 
@@ -77,33 +77,34 @@ def thresholds_for(bits: float, levels: tuple[int, ...], curve: Tensor | None = 
         ValueError: ``bits`` is not a number the levels can average to.
     """
     check_bits(bits, levels)
-    row, tail = _row_and_tail(curve)
-    thresholds = torch.zeros(2, len(levels) - 1, dtype=torch.float32, device="cpu")
+    absolute, relative, tail = _weights_and_tail(curve)
+    ratios = torch.tensor(threshold_ratios(levels), dtype=torch.float64, device="cpu")
     if bits == levels[0]:
-        thresholds[row] = _FLOAT32_MAX
-    elif len(levels) > 1:
-        # Exact at the top, where every non-zero activation is to be read at the highest level.
-        lowest = 0.0 if bits == levels[-1] else _lowest_threshold(bits, levels, tail)
-        for j, ratio in enumerate(threshold_ratios(levels)):
-            thresholds[row, j] = lowest * ratio
-    return thresholds
+        lowest = math.inf
+    elif bits == levels[-1]:  # exactly: every non-zero activation at the highest level
+        lowest = 0.0
+    else:
+        lowest = _lowest_threshold(bits, levels, tail)
+    rows = [lowest * weight * ratios if weight else 0 * ratios for weight in (absolute, relative)]
+    return torch.stack(rows).clamp(max=_FLOAT32_MAX).float()
 
 
 def bits_of(thresholds: Tensor, levels: tuple[int, ...], curve: Tensor | None = None) -> float:
     """The average that :func:`thresholds_for` was asked for. Waits for the device."""
     if len(levels) == 1:
         return float(levels[0])
-    row, tail = _row_and_tail(curve)
+    absolute, relative, tail = _weights_and_tail(curve)
+    row, weight = (0, absolute) if absolute else (1, relative)
     lowest: float = thresholds[row, 0].item()
-    return expected_bits(lowest, levels, tail)
+    return expected_bits(lowest / weight, levels, tail)
 
 
-def _row_and_tail(curve: Tensor | None) -> tuple[int, Tail]:
-    """Which row of the thresholds is in use, and the tail of what they are compared with."""
+def _weights_and_tail(curve: Tensor | None) -> tuple[float, float, Tail]:
+    """How much the average and the token's mean count in a threshold, and the tail of the rest."""
     if curve is None:
-        return 1, laplace
-    absolute, _, *shares = curve.tolist()
-    return (0 if absolute else 1), measured(shares)
+        return 0.0, 1.0, laplace
+    absolute, relative, *shares = curve.tolist()
+    return absolute, relative, measured(shares)
 
 
 def _lowest_threshold(bits: float, levels: tuple[int, ...], tail: Tail) -> float:

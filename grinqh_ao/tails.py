@@ -4,9 +4,10 @@ A calibrated layer keeps a *curve*, float32 [2 + POINTS]: two weights (a, r), th
 
     u_k = |x_k| / (a + r * mean|x|)
 
-above 2**(LOWEST + i / PER_OCTAVE), for i from 0 to POINTS - 1. (a, r) is (1, 0) for thresholds on
-|x| itself, (0, 1) for thresholds relative to the token's own mean. From one curve follow the
-thresholds for any ``bits`` and any level set.
+above 2**(LOWEST + i / PER_OCTAVE), for i from 0 to POINTS - 1, in all layers taken together. With
+r zero and a the layer's own average of |x|, thresholds on u are thresholds on |x| itself; with
+(0, 1) they are relative to each token's mean. From the curve follow the thresholds for any ``bits``
+and any level set.
 """
 
 from __future__ import annotations
@@ -52,41 +53,74 @@ def measured(shares: Sequence[float]) -> Tail:
 
 
 class Histogram:
-    """Counts of u in the bins between a curve's points.
+    """Counts of u in one layer, in the bins between a curve's points.
 
     Args:
-        relative: whether u is relative to each token's mean |x|; else it is |x| itself.
+        relative: how much the token's own mean |x| counts in u, 0 to 1; the rest is the layer's
+            average, of what it sees first.
         device: of the counts.
     """
 
-    def __init__(self, relative: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(self, relative: float, device: torch.device | str = "cpu") -> None:
         self.relative = relative
+        self.average: float | None = None
         self.counts = torch.zeros(POINTS + 1, dtype=torch.int64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Counts activations [tokens, K], but not of tokens that are not finite or all zero."""
-        for block in x.split(max(1, _BLOCK // x.shape[1])):
-            magnitude = block.abs().float()
-            mean = magnitude.mean(dim=1, keepdim=True)
-            usable = (mean.isfinite() & (mean > 0)).squeeze(1)
-            u = (magnitude / mean if self.relative else magnitude)[usable]
+        mean = torch.cat([_mean_magnitude(block) for block in _blocks(x)])
+        usable = mean.isfinite() & (mean > 0)
+        x, mean = x[usable], mean[usable]
+        if len(x) == 0:
+            return
+        if self.average is None:
+            self.average = mean.double().mean().item()
+        unit = (1 - self.relative) * self.average + self.relative * mean
+        for block, block_unit in zip(_blocks(x), unit.split(_rows(x)), strict=True):
+            u = block.abs().float() / block_unit[:, None]
             # Bin i holds what is above point i - 1 and not above point i.
             bins = ((u.log2() - LOWEST) * PER_OCTAVE).ceil().clamp(0, POINTS).long()
             self.counts += torch.bincount(bins.flatten(), minlength=POINTS + 1)
 
-    def merge(self, other: Histogram) -> None:
-        self.counts += other.counts.to(self.counts.device)
-
     @property
     def empty(self) -> bool:
-        return not self.counts.any()
+        return self.average is None
 
-    def curve(self) -> Tensor:
-        """float32 [CURVE_LENGTH] on the CPU."""
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the layer's average and of the token's mean in u."""
+        assert self.average is not None
+        return (1 - self.relative) * self.average, self.relative
+
+    def shares(self) -> Tensor:
+        """float64 [POINTS], on the CPU: shares of u above the points of a curve."""
         counts = self.counts.cpu().double()
-        above = counts.flip(0).cumsum(0).flip(0)[1:] / counts.sum()
-        weights = torch.tensor([0.0, 1.0] if self.relative else [1.0, 0.0])
-        return torch.cat([weights, above.float()])
+        return counts.flip(0).cumsum(0).flip(0)[1:] / counts.sum()
+
+
+def common_curves(histograms: Sequence[Histogram], sizes: Sequence[int]) -> list[Tensor]:
+    """float32 [CURVE_LENGTH] for each layer, on the CPU, from what each of them saw.
+
+    Args:
+        histograms: none of them empty.
+        sizes: number of weights of the layers, by which their shares count.
+    """
+    shares = [size * h.shares() for size, h in zip(sizes, histograms, strict=True)]
+    common = torch.stack(shares).sum(0) / sum(sizes)
+    return [torch.cat([torch.tensor(h.weights), common]).float() for h in histograms]
+
+
+def _rows(x: Tensor) -> int:
+    return max(1, _BLOCK // x.shape[1])
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    blocks: tuple[Tensor, ...] = x.split(_rows(x))
+    return blocks
+
+
+def _mean_magnitude(x: Tensor) -> Tensor:
+    return x.abs().float().mean(dim=1)
 
 
 def check_curve(curve: Tensor) -> None:
@@ -96,9 +130,14 @@ def check_curve(curve: Tensor) -> None:
             f"curve of dtype {curve.dtype} and shape {tuple(curve.shape)}: expected float32 "
             f"[{CURVE_LENGTH}]"
         )
-    weights, shares = curve[:2].tolist(), curve[2:].tolist()
-    if weights not in ([0.0, 1.0], [1.0, 0.0]):
-        raise ValueError(f"curve with weights {weights}: expected [0, 1] or [1, 0]")
+    (absolute, relative), shares = curve[:2].tolist(), curve[2:].tolist()
+    if not (
+        0 <= absolute < math.inf and 0 <= relative < math.inf and (absolute > 0 or relative > 0)
+    ):
+        raise ValueError(
+            f"curve with weights {absolute} and {relative}: expected finite numbers from 0, "
+            "at least one of them above 0"
+        )
     falls = all(a >= b for a, b in itertools.pairwise(shares))
     if not (falls and shares[-1] >= 0 and shares[0] <= 1):
         raise ValueError("curve whose shares do not fall from at most 1 to at least 0")

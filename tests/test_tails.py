@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grinqh_ao.grading import ALL_LEVELS, bits_of, level_index, thresholds_for
-from grinqh_ao.tails import CURVE_LENGTH, Histogram, check_curve, laplace, measured
+from grinqh_ao.tails import CURVE_LENGTH, Histogram, check_curve, common_curves, laplace, measured
 
 LEVEL_SETS = [levels for size in range(2, 6) for levels in itertools.combinations(ALL_LEVELS, size)]
 
 
-def curve_of(x: torch.Tensor, relative: bool) -> torch.Tensor:
+def curve_of(x: torch.Tensor, relative: float) -> torch.Tensor:
     histogram = Histogram(relative)
     histogram.add(x)
-    return histogram.curve()
+    return common_curves([histogram], [1])[0]
 
 
 def activations(kind: str, seed: int = 0) -> torch.Tensor:
@@ -34,7 +34,7 @@ def activations(kind: str, seed: int = 0) -> torch.Tensor:
 @given(
     st.sampled_from(["normal", "outliers", "heavy", "gated"]),
     st.sampled_from(LEVEL_SETS),
-    st.booleans(),
+    st.sampled_from([0.0, 0.25, 1.0]),
     st.floats(0.02, 0.98),
 )
 def test_bits_solved_are_bits_read(kind, levels, relative, share):
@@ -52,19 +52,35 @@ def test_bits_solved_are_bits_read(kind, levels, relative, share):
 def test_relative_curves_know_no_scale_of_tokens():
     x = activations("normal")
     scaled = x * torch.rand(300, 1).exp2()
-    assert torch.allclose(curve_of(x, True), curve_of(scaled, True), atol=1e-4)
-    assert not torch.allclose(curve_of(x, False), curve_of(scaled, False), atol=1e-4)
+    assert torch.allclose(curve_of(x, 1.0), curve_of(scaled, 1.0), atol=1e-4)
+    for relative in (0.0, 0.25):
+        unscaled = curve_of(x, relative)[2:]
+        assert not torch.allclose(unscaled, curve_of(scaled, relative)[2:], atol=1e-3)
 
 
 def test_the_tail_of_laplace_activations_is_the_formula():
     x = torch.distributions.Laplace(0.0, 1.0).sample((200, 4096))
-    tail = measured(curve_of(x, True)[2:].tolist())
+    tail = measured(curve_of(x, 1.0)[2:].tolist())
     for threshold in (0.01, 0.1, 0.5, 1.0, 3.0, 6.0):
         assert tail(threshold) == pytest.approx(laplace(threshold), abs=0.005)
 
 
+def test_layers_of_one_model_read_the_bits_together():
+    layers = [activations("normal"), 100 * activations("heavy"), activations("gated") / 50]
+    histograms = [Histogram(0.0) for _ in layers]
+    for histogram, x in zip(histograms, layers, strict=True):
+        histogram.add(x)
+    sizes = [1000, 3000, 2000]
+    read = 0.0
+    for x, size, curve in zip(layers, sizes, common_curves(histograms, sizes), strict=True):
+        index = level_index(x, thresholds_for(3, ALL_LEVELS, curve))
+        read += size * float(2 * index.double().mean())
+        assert curve[0] == pytest.approx(float(x.abs().mean()), rel=1e-4)
+    assert read / sum(sizes) == pytest.approx(3, abs=0.03)
+
+
 def test_extremes():
-    curve = curve_of(activations("normal"), True)
+    curve = curve_of(activations("normal"), 1.0)
     x = activations("normal", seed=1)
     assert (level_index(x, thresholds_for(8, ALL_LEVELS, curve)) == 4).all()
     assert (level_index(x, thresholds_for(2, (2, 4, 8), curve)) == 0).all()
@@ -73,9 +89,9 @@ def test_extremes():
 def test_what_is_not_finite_or_all_zero_is_not_counted():
     x = activations("normal")
     spoiled = torch.cat([x, torch.full((1, 512), torch.nan), x[:1] / 0, torch.zeros(5, 512)])
-    for relative in (True, False):
+    for relative in (0.0, 0.25, 1.0):
         assert torch.equal(curve_of(x, relative), curve_of(spoiled, relative))
-    histogram = Histogram(True)
+    histogram = Histogram(1.0)
     histogram.add(torch.zeros(4, 512))
     assert histogram.empty
 
@@ -92,7 +108,7 @@ def test_what_is_not_finite_or_all_zero_is_not_counted():
     ],
 )
 def test_what_is_no_curve(spoil, message):
-    curve = curve_of(activations("normal"), True)
+    curve = curve_of(activations("normal"), 1.0)
     check_curve(curve)
     with pytest.raises(ValueError, match=message):
         check_curve(spoil(curve))
