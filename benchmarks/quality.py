@@ -16,14 +16,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import texts
 import torch
-from baselines import methods
-from baselines.scramble import scramble
 from tabulate import tabulate
 from torch import nn
 from torchao.quantization import quantize_
 
+import texts
+from baselines import methods
+from baselines.scramble import scramble
 from grinqh_ao import (
     GrinqhConfig,
     all_but_head,

@@ -13,10 +13,11 @@ import math
 import time
 from pathlib import Path
 
-import texts
 import tokenizers
 import torch
 import transformers
+
+import texts
 
 VOCABULARY = 4096
 LENGTH = 256

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -32,6 +34,22 @@ def tiny_model(family: str, *, tied: bool, dtype: torch.dtype = torch.float32) -
         )
         model = transformers.Qwen3ForCausalLM(config)
     return model.to(dtype).eval()
+
+
+def tiny_tokenizer(text: str) -> Any:
+    """Words of a text as tokens, at most as many as a tiny model knows."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    split = pre_tokenizers.Whitespace()
+    words = dict.fromkeys(word for word, _ in split.pre_tokenize_str(text))
+    known = [*list(words)[: SMALL["vocab_size"] - 2], "[UNK]", "[END]"]
+    vocabulary = {word: i for i, word in enumerate(known)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = split
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", eos_token="[END]", pad_token="[END]"
+    )
 
 
 def layers_of(model: nn.Module) -> set[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchao.quantization import quantize_
 
-from grinqh_ao import GrinqhConfig, demo, measure, set_bits
+from grinqh_ao import GrinqhConfig, calibrate, demo, measure, set_bits
 from grinqh_ao.evaluation import evaluate, reference
 
 
@@ -38,6 +38,14 @@ def test_smollm2_at_three_bits(loaded):
     assert at_3.kl <= 0.12
     assert at_3.agreement > 0.8
 
+    # A few hundred tokens of another part of the text.
+    text = demo.english_prose()[-20_000:]
+    calibrate(model, text, bits=3, tokenizer=tokenizer, tokens=512)
+    calibrated = evaluate(model, full)
+    assert calibrated.read.body.bits == pytest.approx(3, abs=0.05)
+    assert calibrated.read.head.bits == pytest.approx(6, abs=0.05)
+    assert calibrated.kl <= 0.1
+
     set_bits(model, 2)
     token = tokenizer("Paris is the capital of France, and Rome that of", return_tensors="pt")
     with measure(model) as measured:
@@ -55,15 +63,9 @@ def test_demo_on_a_local_model(tmp_path, capsys):
     """The whole demo, on a tiny model from a directory."""
     import json
 
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from models import tiny_model, tiny_tokenizer
 
-    from models import tiny_model
-
-    words = {f"w{i}": i for i in range(319)} | {"[UNK]": 319}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    tokenizer = tiny_tokenizer(" ".join(f"w{i}" for i in range(300)))
     tokenizer.save_pretrained(tmp_path)
     tiny_model("llama", tied=True).save_pretrained(tmp_path)
     report = tmp_path / "report.json"
