@@ -1,0 +1,167 @@
+"""What was tried to get more quality out of a bit. docs/quality.md says what came of it.
+
+    python benchmarks/frontier.py thresholds [--json FILE]
+    python benchmarks/frontier.py compensation [--json FILE]
+
+``thresholds``: how bits are shared out between tokens and layers. ``compensation``: how much of
+what reading few bits costs could be made good by other weights at all, as error feedback (GPTQ)
+tries: the share of the error of a layer's outputs that is linear in its inputs, on unseen tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchao.quantization import quantize_
+
+import texts
+from grinqh_ao import (
+    GrinqhConfig,
+    all_but_head,
+    calibrate,
+    demo,
+    evaluate,
+    reference,
+    set_bits,
+    token_batches,
+)
+from grinqh_ao.calibration import calibrate_layers
+from grinqh_ao.model import quantized_linears
+from grinqh_ao.tensor import GrinqhTensor
+
+BITS = (3.0, 2.0)
+# Of the decoder's layers, for compensation.
+SAMPLED_LAYERS = (1, 10, 20, 28)
+RIDGE = 1e-2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("experiment", choices=["thresholds", "compensation"])
+    parser.add_argument("--model", help="as for the demo")
+    parser.add_argument("--text", default="cpython-docs")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--calibration", default="fortunes")
+    parser.add_argument("--calibration-tokens", type=int, default=4096)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    model, tokenizer = demo.load(arguments.model)
+    ids = demo.token_rows(tokenizer, texts.load(arguments.text), arguments.tokens)
+    text = texts.load(arguments.calibration)
+    batches = token_batches(text, tokenizer, arguments.calibration_tokens)
+    if arguments.experiment == "thresholds":
+        rows = thresholds(model, ids, batches)
+    else:
+        rows = compensation(model, ids, batches)
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4f"))
+    if arguments.json:
+        report = {"machine": demo.describe_machine(), "arguments": sys.argv[1:], "rows": rows}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def thresholds(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dict]:
+    full = reference(model, ids)
+    quantize_(model, GrinqhConfig(), filter_fn=all_but_head)
+    rows = []
+
+    def each_layer(relative: float) -> Callable[[], None]:
+        """Bits met in every layer by itself, not in all together."""
+
+        def run() -> None:
+            for layer in quantized_linears(model):
+                calibrate_layers(model, [layer], batches, relative=relative)
+
+        return run
+
+    variants: dict[str, Callable[[], None]] = {
+        "no calibration": lambda: None,
+        "common, relative 0": lambda: calibrate(model, batches, relative=0),
+        "common, relative 0.25": lambda: calibrate(model, batches, relative=0.25),
+        "common, relative 0.5": lambda: calibrate(model, batches, relative=0.5),
+        "common, relative 1": lambda: calibrate(model, batches, relative=1),
+        "each layer, relative 0": each_layer(0),
+        "each layer, relative 1": each_layer(1),
+    }
+    for name, prepare in variants.items():
+        prepare()
+        for bits in BITS:
+            set_bits(model, bits)
+            found = evaluate(model, full)
+            layers = [layer.bits for layer in found.read.layers.values()]
+            rows.append(
+                {
+                    "thresholds": name,
+                    "bits asked": bits,
+                    "bits read": found.read.total.bits,
+                    "fewest, of a layer": min(layers),
+                    "most": max(layers),
+                    "KL": found.kl,
+                    "median": found.kl_median,
+                }
+            )
+            print(*rows[-1].values(), flush=True)
+    return rows
+
+
+@torch.no_grad()
+def compensation(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dict]:
+    dense = {name: m.weight.clone() for name, m in model.named_modules() if all_but_head(m, name)}
+    quantize_(model, GrinqhConfig(), filter_fn=all_but_head)
+    names = [n for n in dense if any(f".layers.{i}." in n for i in SAMPLED_LAYERS)]
+    seen, unseen = (inputs_of(model, names, rows) for rows in (batches, [row[None] for row in ids]))
+    rows = []
+    for bits in BITS:
+        set_bits(model, bits)
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        for name in names:
+            nested = model.get_submodule(name).weight
+            x, error = (t.double() for t in (seen[name], lost(nested, dense[name], seen[name])))
+            # Ridge regression of the error on x, with a constant.
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            gram = x.t() @ x
+            gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+            solution = torch.linalg.solve(gram, x.t() @ error)
+            x, error = (t.double() for t in (unseen[name], lost(nested, dense[name], unseen[name])))
+            predicted = torch.cat([x, x.new_ones(len(x), 1)], dim=1) @ solution
+            left = (error - predicted).square().sum() / error.square().sum()
+            output = (x @ dense[name].double().t()).square().sum()
+            relative = error.square().sum() / output
+            kinds.setdefault(name.rpartition(".")[2], []).append((relative.item(), left.item()))
+        for kind, found in kinds.items():
+            relative, left = torch.tensor(found).mean(0).tolist()
+            rows.append(
+                {"bits": bits, "layers": kind, "error / output": relative, "left at best": left}
+            )
+    return rows
+
+
+def inputs_of(model: nn.Module, names: list[str], batches: list[Tensor]) -> dict[str, Tensor]:
+    """[tokens, K] of each layer, without the first 16 of each sequence."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, kept=kept: kept.append(args[0][:, 16:].flatten(0, 1))
+        )
+        for name, kept in found.items()
+    ]
+    for batch in batches:
+        model(batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(kept) for name, kept in found.items()}
+
+
+def lost(nested: GrinqhTensor, dense: Tensor, x: Tensor) -> Tensor:
+    """[tokens, N]: the full-precision product minus what decoding reads of it."""
+    return x @ dense.t() - nested._decode_rows(x, None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Quality per bit, from what quality.py wrote: one picture per file given.
+
+    python benchmarks/plot_quality.py benchmarks/results/quality-debian-handbook.json [...]
+
+writes docs/pictures/NAME.svg and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+# Okabe and Ito's colours, which the colour-blind can tell apart; and a marker for each.
+STYLES = {
+    "GRINQH": ("#0072B2", "o", "--"),
+    "GRINQH, calibrated": ("#D55E00", "o", "-"),
+    "AWQ": ("#009E73", "^", ""),
+    "GPTQ, act-order": ("#CC79A7", "D", ""),
+    "GPTQ": ("#CC79A7", "s", ""),
+    "HQQ": ("#E69F00", "v", ""),
+    "llama.cpp": ("#000000", "P", ""),
+    "RTN": ("#777777", "x", ""),
+}
+
+
+def family(row: dict) -> str | None:
+    if row["family"] != "others":
+        return row["family"] if row["family"].startswith("GRINQH") else None
+    name = row["what"]
+    if re.match(r"Q\d_", name):
+        return "llama.cpp"
+    if "act-order" in name:
+        return "GPTQ, act-order"
+    return next((kind for kind in STYLES if name.startswith(kind)), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", type=Path, nargs="+")
+    for file in parser.parse_args().files:
+        report = json.loads(file.read_text())
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+        for axis, quantity in zip(axes, ("with_scales", "stored"), strict=True):
+            draw(axis, report, quantity)
+        axes[0].set_xlabel("bits read per weight and token, scales included")
+        axes[1].set_xlabel("bits stored per weight, scales included")
+        axes[0].set_ylabel("mean KL to full precision, nats per token")
+        axes[0].legend(fontsize=8, frameon=False, loc="upper right")
+        axes[1].annotate(
+            "GRINQH: one stored model,\nread at 2 to 4.5 bits", (8.05, 0.6), ha="right", fontsize=8
+        )
+        PICTURES.mkdir(exist_ok=True)
+        for suffix in ("svg", "png"):
+            figure.savefig(PICTURES / f"{file.stem}.{suffix}", dpi=130)
+        plt.close(figure)
+
+
+def draw(axis, report: dict, quantity: str) -> None:
+    for name, (colour, marker, line) in STYLES.items():
+        rows = [row for row in report["rows"] if family(row) == name and row[quantity]]
+        points = sorted((row[quantity], row["kl"]) for row in rows if row["kl"] < 3)
+        if points:
+            axis.plot(
+                *zip(*points, strict=True), color=colour, marker=marker, label=name, markersize=6,
+                linestyle=line if quantity == "with_scales" else "",
+            )  # fmt: skip
+    noise = next(row["kl"] for row in report["rows"] if row["what"].startswith("bfloat16"))
+    axis.axhline(noise, color="#777777", linewidth=0.8, linestyle=":")
+    axis.annotate("bfloat16", (axis.get_xlim()[0], noise), fontsize=8, va="bottom")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.25, which="major")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()
