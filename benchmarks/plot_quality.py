@@ -42,10 +42,10 @@ def family(row: dict) -> str | None:
     return next((kind for kind in STYLES if name.startswith(kind)), None)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None, to: Path = PICTURES) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+")
-    for file in parser.parse_args().files:
+    for file in parser.parse_args(argv).files:
         report = json.loads(file.read_text())
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
         for axis, quantity in zip(axes, ("with_scales", "stored"), strict=True):
@@ -57,9 +57,8 @@ def main() -> None:
         axes[1].annotate(
             "GRINQH: one stored model,\nread at 2 to 4.5 bits", (8.05, 0.6), ha="right", fontsize=8
         )
-        PICTURES.mkdir(exist_ok=True)
         for suffix in ("svg", "png"):
-            figure.savefig(PICTURES / f"{file.stem}.{suffix}", dpi=130)
+            figure.savefig(to / f"{file.stem}.{suffix}", dpi=130)
         plt.close(figure)
 
 

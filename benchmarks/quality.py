@@ -38,7 +38,6 @@ from grinqh_ao import (
 
 BITS = (4.5, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0)
 HEAD_BITS = (3.0, 4.0, 6.0, 8.0)
-LONG_PROMPT = 256
 
 
 @dataclass
@@ -76,7 +75,7 @@ class Table:
         print(*(f"{c:.4f}" if isinstance(c, float) else c for c in cells), flush=True)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="as for the demo")
     parser.add_argument("--text", default="cpython-docs")
@@ -89,7 +88,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="of them, those whose names contain one of these")
     parser.add_argument("--cache", type=Path, help="keep the reference's predictions there")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv)
 
     model, tokenizer = demo.load(arguments.model)
     scramble(model)
@@ -116,7 +116,7 @@ def main() -> None:
     if arguments.json:
         report = {
             "machine": machine,
-            "arguments": sys.argv[1:],
+            "arguments": argv,
             "tokens": ids.numel(),
             "rows": [asdict(row) for row in table.rows],
         }
@@ -140,8 +140,9 @@ def grinqh(model: nn.Module, batches: list, bits: list[float], table: Table) -> 
             set_bits(body, asked)
             table.add(body, Row(f"{family}, {asked:g}", family, seconds=seconds))
     set_bits(body, 3)
-    row = Row(f"GRINQH, calibrated, 3, after a prompt of {LONG_PROMPT}", "long prompt")
-    table.add(body, row, prompt=LONG_PROMPT)
+    prompt = table.full.input_ids.shape[1] // 2
+    row = Row(f"GRINQH, calibrated, 3, after a dense prompt of {prompt}", "long prompt")
+    table.add(body, row, prompt=prompt)
     del body
 
     head = copy.deepcopy(model)

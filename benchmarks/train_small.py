@@ -21,7 +21,7 @@ import texts
 
 VOCABULARY = 4096
 LENGTH = 256
-BATCH = 16
+BATCH = 8
 LEARNING_RATE = 3e-3
 WARM_UP = 0.05  # share of the time
 
@@ -38,7 +38,7 @@ def main() -> None:
     ids = torch.tensor(tokenizer(text)["input_ids"])
     print(f"{len(text) / 1e6:.1f} MB, {len(ids) / 1e6:.2f} M tokens")
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         tie_word_embeddings=True,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """The other quantizers of benchmarks/quality.py run, on a tiny model, and are what they say."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from baselines import k_quants, methods
 from baselines.layers import decoder, linears
 from baselines.scramble import scramble
-from models import SMALL
+from models import SMALL, tiny_tokenizer
 
 
 def model() -> torch.nn.Module:
@@ -87,3 +88,30 @@ def test_scrambling_changes_nothing_but_the_order():
     for name, weight in weights(dense).items():
         assert not torch.equal(weight, before[name])
         assert torch.equal(weight.flatten().sort().values, before[name].flatten().sort().values)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_and_its_picture(tmp_path, capsys):
+    import plot_quality
+    import quality
+
+    words = " ".join(f"w{i}" for i in range(300))
+    tiny_tokenizer(words).save_pretrained(tmp_path)
+    model().save_pretrained(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text(words)
+    report = tmp_path / "report.json"
+    options = f"--model {tmp_path} --text {text} --calibration {text} --tokens 100 --bits 4 2 "
+    options += f"--cache {tmp_path / 'cache'} --json {report} --others --only"
+    quality.main([*options.split(), "RTN intx 4", "HQQ 3"])
+    rows = {row["what"]: row for row in json.loads(report.read_text())["rows"]}
+    assert rows["full precision"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows["GRINQH, 4"]["kl"] < rows["GRINQH, calibrated, 2"]["kl"]
+    assert rows["GRINQH, calibrated, 2"]["bits"] == pytest.approx(2, abs=0.1)
+    assert rows["HQQ 3"]["with_scales"] == 3.5
+    assert "RTN intx 3" not in rows
+    assert "| GRINQH, calibrated, 4 " in capsys.readouterr().out
+
+    pytest.importorskip("matplotlib")
+    plot_quality.main([str(report)], to=tmp_path)
+    assert (tmp_path / "report.svg").stat().st_size > 1000
