@@ -37,6 +37,7 @@ from grinqh_ao import (
 )
 
 BITS = (4.5, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0)
+PROMPT = 16
 HEAD_BITS = (3.0, 4.0, 6.0, 8.0)
 
 
@@ -173,7 +174,21 @@ def others(model: nn.Module, batches: list, only: list[str] | None, table: Table
             seconds=time.perf_counter() - started,
             source=method.source,
         )
-        table.add(changed, row, decode_rule=False)
+        table.add(AfterDensePrompt(model, changed), row, decode_rule=False)
+
+
+class AfterDensePrompt(nn.Module):
+    """A model whose first 16 positions are those of another, as with GRINQH's dense prompts."""
+
+    def __init__(self, dense: nn.Module, changed: nn.Module) -> None:
+        super().__init__()
+        self.dense, self.changed = dense, changed
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False):
+        prompt = self.dense(input_ids[:, :PROMPT], use_cache=True)
+        output = self.changed(input_ids[:, PROMPT:], past_key_values=prompt.past_key_values)
+        output.logits = torch.cat([prompt.logits, output.logits], dim=1)
+        return output
 
 
 if __name__ == "__main__":

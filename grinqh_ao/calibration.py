@@ -32,7 +32,7 @@ Batch = Tensor | Mapping[str, Any]
 
 def calibrate(
     model: nn.Module,
-    data: str | Sequence[str] | Iterable[Batch],
+    data: str | Sequence[str] | Batch | Iterable[Batch],
     bits: float | None = None,
     *,
     tokenizer: Callable[..., Any] | None = None,
@@ -41,19 +41,20 @@ def calibrate(
 ) -> None:
     """Measures activations once, so that ``bits`` is met on average, and bits go where they help.
 
-    Without it, thresholds follow from a formula. One forward pass in the dense path; each layer
-    keeps a curve of 1.5 KB, from which the thresholds for any ``bits`` follow: the data is not
-    needed again. In units of their average |x|, all layers get the same thresholds: they read
-    ``bits`` together, some more and some less, which is closer to the full-precision model than
-    equal bits in each (docs/quality.md). An output head keeps bits of its own. Works wherever the
-    model runs: on a GPU, sharded, offloaded. Calibrate before ``torch.compile``: a compiled model
-    compiles once more.
+    Without it, thresholds follow from a formula. One forward pass, of prompts, so in the dense
+    path; each layer keeps a curve of 1.5 KB, from which the thresholds for any ``bits`` follow: the
+    data is not needed again. In units of their average |x|, all layers get the same thresholds:
+    they read ``bits`` together, some more and some less, which is closer to the full-precision
+    model than equal bits in each (docs/quality.md). An output head keeps bits of its own. Batches
+    are moved to the device of the model's first parameter. Calibrate before ``torch.compile``: a
+    compiled model compiles once more.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
-        data: texts, or batches of what the model takes: token ids [B, S], or a mapping with
-            ``input_ids`` and maybe ``attention_mask`` (whose zeros are not counted). A few hundred
-            tokens are enough. The first 16 positions of a sequence are not counted.
+        data: texts, or a batch or batches of what the model takes: token ids [B, S], or a mapping
+            with ``input_ids`` and maybe ``attention_mask`` (whose zeros are not counted). A few
+            hundred tokens are enough. The first 16 positions of a sequence are not counted, but for
+            layers that see only some of the positions, as the experts of a mixture do.
         bits: as in :func:`grinqh_ao.set_bits`; None keeps what each layer aims at now.
         tokenizer: of transformers; needed for texts.
         tokens: how many tokens of the texts to use at most, in sequences of 512.
@@ -62,8 +63,10 @@ def calibrate(
             the tokens that are large. Quality hardly depends on it (docs/quality.md).
 
     Raises:
-        ValueError: nothing in ``model`` is quantized, ``bits`` is out of range for a layer, texts
-            come without a tokenizer, or there is no token to count; the model is unchanged.
+        TypeError: ``data`` is neither texts nor batches.
+        ValueError: nothing in ``model`` is quantized or a layer is offloaded to the meta device,
+            an argument is out of range, texts come without a tokenizer, or there is nothing to
+            count; the model is unchanged.
     """
     layers = list(quantized_linears(model))
     if not layers:
@@ -71,11 +74,6 @@ def calibrate(
             f"model={type(model).__name__}: no layer is quantized; "
             "call quantize_(model, GrinqhConfig(bits=...)) first"
         )
-    if not 0 <= relative <= 1:
-        raise ValueError(f"relative={relative!r}: expected a number from 0 to 1")
-    if bits is not None:
-        for name, _, weight in layers:
-            check_bits(bits, weight.levels, name=f"bits of {name or 'the layer'}")
     calibrate_layers(model, layers, _batches(data, tokenizer, tokens), bits, relative)
 
 
@@ -87,13 +85,23 @@ def calibrate_layers(
     relative: float = RELATIVE,
 ) -> None:
     """:func:`calibrate` of some layers, as ``model.quantized_linears`` gives them."""
-    histograms = _collect(model, batches, layers, relative)
+    number = isinstance(relative, int | float) and not isinstance(relative, bool)
+    if not number or not 0 <= relative <= 1:
+        raise ValueError(f"relative={relative!r}: expected a number from 0 to 1")
+    for name, _, weight in layers:
+        if bits is not None:
+            check_bits(bits, weight.levels, name=f"bits of {name or 'the layer'}")
+        if weight.is_meta:
+            raise ValueError(f"{name}: is on the meta device, offloaded or without data")
+    # Layers with one weight, tied ones, have one histogram.
+    histograms = {weight: Histogram(relative) for _, _, weight in layers}
+    _collect(model, batches, layers, histograms)
     if all(histogram.empty for histogram in histograms.values()):
         raise ValueError(
-            f"data has no token to count: sequences must be longer than {FIRST_POSITIONS} tokens"
+            "data has nothing to count: expected sequences of more than "
+            f"{FIRST_POSITIONS} tokens, and activations that are finite"
         )
-    seen = {weight: histograms[n] for n, _, weight in layers if not histograms[n].empty}
-    missed = [name for name, _, weight in layers if weight not in seen]
+    seen = {weight: histogram for weight, histogram in histograms.items() if not histogram.empty}
     # An output head has bits of its own; all others share what is asked for.
     heads = [[weight] for weight in seen if weight.min_bits]
     for group in [[weight for weight in seen if not weight.min_bits], *heads]:
@@ -101,7 +109,7 @@ def calibrate_layers(
         found = common_curves([seen[weight] for weight in group], sizes) if group else []
         for weight, curve in zip(group, found, strict=True):
             weight.calibrate(curve, bits)
-    if missed:
+    if missed := [name for name, _, weight in layers if weight not in seen]:
         logger.warning(
             "%d of %d layers saw no token and keep the formula: %s%s",
             len(missed),
@@ -128,19 +136,41 @@ def token_batches(
     return [batch[None] for batch in found.split(SEQUENCE) if len(batch) > FIRST_POSITIONS]
 
 
-def _batches(
-    data: str | Sequence[str] | Iterable[Batch],
-    tokenizer: Callable[..., Any] | None,
-    tokens: int,
-) -> Iterable[Batch]:
-    texts: Any = None
+def check_batches(data: object, name: str = "data") -> None:
+    """Raises TypeError or ValueError unless ``data`` may be batches."""
+    if isinstance(data, str | bytes | Tensor | Mapping) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"{name} is a {type(data).__name__}: expected batches of token ids [B, S], or of "
+            "mappings with input_ids"
+        )
+    if isinstance(data, Sequence):
+        if not data:
+            raise ValueError(f"{name} is empty: expected batches of token ids [B, S]")
+        for batch in data:
+            _check_batch(batch, name)
+
+
+def _check_batch(batch: object, name: str = "data") -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        what = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
+        raise TypeError(
+            f"{name} has a batch of {what}: expected token ids [B, S], or a mapping with input_ids"
+        )
+
+
+def _batches(data: Any, tokenizer: Callable[..., Any] | None, tokens: int) -> Iterable[Batch]:
+    if isinstance(data, Tensor | Mapping):
+        data = [data]
     if isinstance(data, str) or (isinstance(data, Sequence) and data and isinstance(data[0], str)):
-        texts = data
-    if texts is None:
-        return data  # type: ignore[return-value]
-    if tokenizer is None:
-        raise ValueError("tokenizer=None: expected the model's tokenizer, because data is text")
-    return token_batches(texts, tokenizer, tokens)
+        if tokenizer is None:
+            raise ValueError("tokenizer=None: expected the model's tokenizer, because data is text")
+        if not isinstance(tokens, int) or tokens <= FIRST_POSITIONS:
+            raise ValueError(f"tokens={tokens!r}: expected a whole number above {FIRST_POSITIONS}")
+        return token_batches(data, tokenizer, tokens)
+    check_batches(data)
+    batches: Iterable[Batch] = data
+    return batches
 
 
 @torch.no_grad()
@@ -148,37 +178,43 @@ def _collect(
     model: nn.Module,
     batches: Iterable[Batch],
     layers: list[tuple[str, nn.Module, GrinqhTensor]],
-    relative: float,
-) -> dict[str, Histogram]:
-    histograms = {name: Histogram(relative, weight.device) for name, _, weight in layers}
+    histograms: dict[GrinqhTensor, Histogram],
+) -> None:
     counter = _Counter()
     handles = []
-    for name, module, _ in layers:
-        hook = functools.partial(counter.count, histograms[name])
+    for _, module, weight in layers:
+        hook = functools.partial(counter.count, histograms[weight])
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     device = next(model.parameters()).device
     try:
         with torch.compiler.set_stance("force_eager"), _evaluating(model):  # hooks must run
             for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
+                _check_batch(batch)
                 inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
                 for key, value in inputs.items():
                     inputs[key] = value.to(device) if isinstance(value, Tensor) else value
-                counter.mask = inputs.get("attention_mask")
+                counter.start(inputs["input_ids"], inputs.get("attention_mask"))
                 model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return histograms
 
 
 class _Counter:
     """Counts what layers see; what several layers see one after the other is counted once."""
 
     def __init__(self) -> None:
-        self.mask: Tensor | None = None
+        self._keep = Tensor()
         self._input: Tensor | None = None
         self._counted_before: Histogram | None = None
         self._before = Tensor()
+
+    def start(self, input_ids: Tensor, mask: Tensor | None) -> None:
+        """A new batch; of its positions no padding counts, and not the first ones."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool)
+        if mask is not None and mask.shape == keep.shape:
+            keep = mask.bool()
+        self._keep = keep & (keep.cumsum(1) > FIRST_POSITIONS)
 
     def count(
         self,
@@ -194,16 +230,10 @@ class _Counter:
             histogram.counts += other.counts - self._before
             return
         self._input, self._counted_before, self._before = x, histogram, histogram.counts.clone()
-        histogram.add(self._counted(x))
-
-    def _counted(self, x: Tensor) -> Tensor:
-        """[tokens, K]: of x [B, S, K] what is no padding and no first position."""
-        if x.dim() == 3:
-            keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            if self.mask is not None and self.mask.shape == keep.shape:
-                keep = self.mask.bool().to(x.device)
-            return x[keep & (keep.cumsum(1) > FIRST_POSITIONS)]
-        return x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) == self._keep.numel():  # else a part of the positions, in an order of its own
+            rows = rows[self._keep.flatten().to(x.device)]
+        histogram.add(rows)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from grinqh_ao.calibration import check_batches
 from grinqh_ao.grading import ALL_LEVELS, check_bits, check_levels
 
 HEAD_NAMES = ("lm_head", "embed_out")
@@ -31,9 +32,11 @@ class GrinqhConfig(AOBaseConfig):
             errors go straight into the logits. None leaves the head dense. Why 6: docs/method.md.
         calibration: batches for :func:`grinqh_ao.calibrate`, which is then called with the whole
             model once its layers are quantized; ``token_batches`` makes them from texts. No part
-            of the config once it is saved.
+            of the config once it is saved or copied. Not where layers are quantized one by one, as
+            transformers does while loading: call ``calibrate`` then.
 
     Raises:
+        TypeError: ``calibration`` is not batches.
         ValueError: a field is out of range.
     """
 
@@ -44,6 +47,8 @@ class GrinqhConfig(AOBaseConfig):
 
     def __post_init__(self, calibration: Any) -> None:
         self.check()
+        if calibration is not None:
+            check_batches(calibration, name="calibration")
         self._calibration = calibration  # TorchAO saves no attribute with an underscore
         self.levels = list(self.levels)  # TorchAO's JSON knows no tuples
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,10 +65,18 @@ def reference(
         model: a causal language model of transformers.
         input_ids: int64 [B, S].
         cache: a directory to keep the predictions in, 4 * V bytes a token. They are found again for
-            equal ``input_ids`` and an equal model (by name, shape and samples of its parameters).
+            equal ``input_ids`` and an equal model (by its config, and by names, shapes and samples
+            of its parameters).
+
+    Raises:
+        ValueError: ``input_ids`` has another shape, or ``model`` is quantized and cannot be cached.
     """
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: expected [B, S]")
     if cache is None:
         return Reference(input_ids, [_log_probs(model, row) for row in input_ids])
+    if any(True for _ in quantized_linears(model)):
+        raise ValueError("cache: only the predictions of models in full precision are kept")
     from safetensors.torch import save_file
 
     directory = Path(cache).expanduser()
@@ -75,7 +84,7 @@ def reference(
     file = directory / f"reference-{_fingerprint(model, input_ids)}.safetensors"
     if not file.exists():
         rows = {str(i): _log_probs(model, row).cpu() for i, row in enumerate(input_ids)}
-        unfinished = file.with_suffix(".unfinished")
+        unfinished = file.with_suffix(f".{os.getpid()}")
         save_file(rows, unfinished)
         unfinished.rename(file)
     return Reference(input_ids, _OnDisk(file, len(input_ids)))
@@ -103,7 +112,7 @@ def evaluate(
         ValueError: ``prompt`` leaves no position with a next token to score.
     """
     ids = reference.input_ids
-    if not 0 <= prompt < ids.shape[1] - 1:
+    if not isinstance(prompt, int) or not 0 <= prompt < ids.shape[1] - 1:
         raise ValueError(
             f"prompt={prompt!r}: expected 0 to {ids.shape[1] - 2} "
             f"for sequences of {ids.shape[1]} tokens"
@@ -118,7 +127,9 @@ def evaluate(
         for row, expected in zip(ids, reference.log_probs, strict=True):
             found = _log_probs(model, row)[prompt:]
             expected = expected[prompt:].to(found.device)
-            divergences.append((expected.exp() * (expected - found)).sum(dim=-1))
+            terms = expected.exp() * (expected - found)
+            # A token that the reference rules out adds nothing.
+            divergences.append(terms.masked_fill(expected == -torch.inf, 0).sum(dim=-1))
             agree += (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum().item()
             nll -= found[:-1].gather(1, row[prompt + 1 :, None]).sum().item()
     kl = torch.cat(divergences).double()
@@ -141,7 +152,10 @@ def _log_probs(model: Any, row: Tensor) -> Tensor:
 
 
 def _fingerprint(model: nn.Module, input_ids: Tensor) -> str:
-    digest = hashlib.sha256(input_ids.cpu().numpy().tobytes())
+    digest = hashlib.sha256(f"{tuple(input_ids.shape)} {input_ids.dtype}".encode())
+    digest.update(input_ids.cpu().numpy().tobytes())
+    config = getattr(model, "config", None)
+    digest.update(config.to_json_string().encode() if config is not None else b"")
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 997)]

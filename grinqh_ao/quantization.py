@@ -98,6 +98,11 @@ def _plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
     """The layers to quantize, and whether each is an output head. Says which are left dense."""
     for layer in call.layers:
         layer.config.check()
+        if layer.config._calibration is not None and layer.module is call.model:
+            raise ValueError(
+                f"calibration: {layer} is quantized without the model around it; "
+                "leave calibration out and call calibrate(model, ...) afterwards"
+            )
         if not isinstance(layer.module, nn.Linear):
             raise TypeError(
                 f"{layer}: filter_fn selected a {type(layer.module).__name__}; "

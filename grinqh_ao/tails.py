@@ -58,13 +58,12 @@ class Histogram:
     Args:
         relative: how much the token's own mean |x| counts in u, 0 to 1; the rest is the layer's
             average, of what it sees first.
-        device: of the counts.
     """
 
-    def __init__(self, relative: float, device: torch.device | str = "cpu") -> None:
+    def __init__(self, relative: float) -> None:
         self.relative = relative
         self.average: float | None = None
-        self.counts = torch.zeros(POINTS + 1, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(POINTS + 1, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
         """Counts activations [tokens, K], but not of tokens that are not finite or all zero."""
@@ -80,7 +79,7 @@ class Histogram:
             u = block.abs().float() / block_unit[:, None]
             # Bin i holds what is above point i - 1 and not above point i.
             bins = ((u.log2() - LOWEST) * PER_OCTAVE).ceil().clamp(0, POINTS).long()
-            self.counts += torch.bincount(bins.flatten(), minlength=POINTS + 1)
+            self.counts += torch.bincount(bins.flatten(), minlength=POINTS + 1).cpu()
 
     @property
     def empty(self) -> bool:
@@ -94,7 +93,7 @@ class Histogram:
 
     def shares(self) -> Tensor:
         """float64 [POINTS], on the CPU: shares of u above the points of a curve."""
-        counts = self.counts.cpu().double()
+        counts = self.counts.double()
         return counts.flip(0).cumsum(0).flip(0)[1:] / counts.sum()
 
 
@@ -124,7 +123,7 @@ def _mean_magnitude(x: Tensor) -> Tensor:
 
 
 def check_curve(curve: Tensor) -> None:
-    """Raises ValueError unless ``curve`` is what :meth:`Histogram.curve` could give."""
+    """Raises ValueError unless ``curve`` is what :func:`common_curves` could give."""
     if curve.dtype != torch.float32 or curve.shape != (CURVE_LENGTH,):
         raise ValueError(
             f"curve of dtype {curve.dtype} and shape {tuple(curve.shape)}: expected float32 "

@@ -88,16 +88,51 @@ def test_bits_are_kept_or_set():
     assert next(iter(summary(model).heads.values())) == pytest.approx(6, abs=1e-3)
 
 
-def test_padding_and_first_positions_do_not_count():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_first_positions_do_not_count(side):
     model = quantized()
     ids = batches(count=1)[0]
-    calibrate(model, [ids])
+    calibrate(model, ids)
     expected = curves(model)
-    padded = torch.cat([ids, torch.zeros(1, 40, dtype=torch.int64)], dim=1)
-    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 40, dtype=torch.int64)], dim=1)
-    calibrate(model, [{"input_ids": padded, "attention_mask": mask}])
+    amount = (40, 0) if side == "left" else (0, 40)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), amount)
+    padded = torch.nn.functional.pad(ids, amount, value=7)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    batch = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+    calibrate(model, batch)
     for name, curve in curves(model).items():
         assert torch.allclose(curve, expected[name], atol=1e-3), name
+
+
+def test_flattened_inputs_count_alike():
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(320, 64)
+            self.one, self.other = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+        def forward(self, input_ids, **options):
+            x = self.embedding(input_ids)
+            x[:, 0] *= 5000  # as massive activations of first positions
+            return self.one(x) + self.other(x.flatten(0, 1)).view(x.shape)
+
+    model = Flat()
+    quantize_(model, GrinqhConfig(bits=3))
+    with torch.no_grad():
+        calibrate(model, batches())
+    assert torch.equal(model.one.weight.curve, model.other.weight.curve)
+
+
+def test_layers_with_one_weight_are_counted_together():
+    model = quantized()
+    first, second = (model.model.layers[i].mlp.down_proj for i in (0, 1))
+    second.weight = first.weight
+    calibrate(model, batches())
+    both = first.weight.curve[0]
+    model.model.layers[1].mlp.down_proj.weight = copy.deepcopy(first.weight)
+    calibrate(model, batches())
+    averages = [layer.mlp.down_proj.weight.curve[0] for layer in model.model.layers]
+    assert min(averages) <= both <= max(averages)
 
 
 def test_batches_add_up():
@@ -137,6 +172,19 @@ def test_through_the_config(family):
     ):
         assert torch.equal(one.thresholds, other.thresholds)
         assert torch.equal(one.curve, other.curve)
+
+
+@pytest.mark.parametrize("bad", ["some text", 5, [], torch.zeros(1, 40).long(), [[1, 2]]])
+def test_bad_data_in_the_config_is_refused_at_once(bad):
+    with pytest.raises((ValueError, TypeError), match="calibration"):
+        GrinqhConfig(calibration=bad)
+
+
+def test_a_single_layer_cannot_be_calibrated():
+    layer = torch.nn.Linear(64, 64)
+    with pytest.raises(ValueError, match="call calibrate"):
+        quantize_(layer, GrinqhConfig(calibration=batches()))
+    assert type(layer.weight) is torch.nn.Parameter
 
 
 def test_the_config_is_still_a_torchao_config():
@@ -198,15 +246,20 @@ def test_the_model_is_left_as_it_was():
         ({"data": batches(), "relative": 1.5}, "relative=1.5"),
         ({"data": "some text"}, "tokenizer=None"),
         ({"data": ["some", "text"]}, "tokenizer=None"),
-        ({"data": []}, "no token to count"),
-        ({"data": batches(length=16)}, "no token to count"),
-        ({"data": "too short", "tokenizer": Tokenizer()}, "no token to count"),
+        ({"data": []}, "data is empty"),
+        ({"data": batches(length=16)}, "nothing to count"),
+        ({"data": "too short", "tokenizer": Tokenizer()}, "nothing to count"),
+        ({"data": "text", "tokenizer": Tokenizer(), "tokens": 16}, "tokens=16"),
+        ({"data": None}, "data is a NoneType"),
+        ({"data": torch.arange(40)}, r"data has a batch of shape \(40,\)"),
+        ({"data": {"ids": torch.zeros(1, 40)}}, "data has a batch of dict"),
+        ({"data": (text for text in ["some", "text"])}, "data has a batch of str"),
     ],
 )
 def test_errors_leave_everything(arguments, message):
     model = quantized()
     before = {n: w.thresholds.clone() for n, _, w in quantized_linears(model)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         calibrate(model, **arguments)
     assert all(curve is None for curve in curves(model).values())
     assert all(torch.equal(w.thresholds, before[n]) for n, _, w in quantized_linears(model))

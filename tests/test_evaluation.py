@@ -82,7 +82,18 @@ def test_cached_references(family, ids, tmp_path):
         model.lm_head.weight.mul_(1.01)
     reference(model, ids, cache=tmp_path)
     reference(model, ids + 1 - ids.min(), cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    reference(model, ids[:2].view(4, 10), cache=tmp_path)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+    reference(model, ids, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+    quantize_(model, GrinqhConfig(bits=2))
+    with pytest.raises(ValueError, match="full precision"):
+        reference(model, ids, cache=tmp_path)
+
+
+def test_bad_ids():
+    with pytest.raises(ValueError, match=r"input_ids of shape \(20,\)"):
+        reference(tiny_model("llama", tied=False), torch.zeros(20, dtype=torch.int64))
 
 
 def test_more_bits_are_closer(family, ids):
@@ -96,7 +107,7 @@ def test_more_bits_are_closer(family, ids):
     assert divergences == sorted(divergences)
 
 
-@pytest.mark.parametrize("prefix", [-1, 19, 20])
+@pytest.mark.parametrize("prefix", [-1, 19, 20, 4.0])
 def test_bad_prefix(ids, prefix):
     model = tiny_model("llama", tied=False)
     with pytest.raises(ValueError, match=f"prompt={prefix}: expected 0 to 18"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import tiny_model
+from models import tiny_model, tiny_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -17,6 +17,8 @@ def test_snippets(capsys):
     ids = torch.randint(0, 320, (1, 5))
     names = {
         "model": tiny_model("llama", tied=True),
+        "texts": [" ".join(f"w{i}" for i in range(300))],
+        "tokenizer": tiny_tokenizer(" ".join(f"w{i}" for i in range(300))),
         "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
     }
     for snippet in snippets:

@@ -1,8 +1,9 @@
 """Other quantizers, by others' code, as dense weights: what they cost in quality at their bits.
 
 A method takes a model in float32 and replaces the weights of the linear layers of its decoder by
-what they become when they are quantized and dequantized again. Scales and zero points are rounded
-to float16 and counted as such.
+what they become when they are quantized and dequantized again. Scales and zero points are counted
+as 16 bits each, and are rounded to float16 where torchao does not keep them in float32 itself
+(int8, int4).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Method:
 def methods() -> list[Method]:
     symmetric, asymmetric = 16 / GROUP, 32 / GROUP
     found = [
-        Method("int8, per row", 8, 8.0, rounding.int8, "torchao Int8WeightOnlyConfig"),
+        Method("int8, per row", 8, 8.03, rounding.int8, "torchao Int8WeightOnlyConfig"),
         Method(
             "RTN int4", 4, 4 + asymmetric, rounding.int4(GROUP, "tinygemm"),
             "torchao PrototypeInt4WeightOnlyConfig, the int4 that runs on CPUs",

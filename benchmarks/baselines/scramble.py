@@ -17,7 +17,15 @@ from torch import Tensor
 
 @torch.no_grad()
 def scramble(model: Any, seed: int = 0) -> None:
-    """Permutes channels of a Llama-like model of transformers, in place."""
+    """Permutes channels of a Llama-like model of transformers, in place.
+
+    Raises:
+        ValueError: the model has biases, which nobody has needed yet, or does not compute the same.
+    """
+    if any(name.endswith(".bias") for name, _ in model.named_parameters()):
+        raise ValueError("model has biases; only models without are scrambled")
+    some_ids = torch.arange(32)[None]
+    before = model(some_ids).logits
     generator = torch.Generator().manual_seed(seed)
     config, decoder = model.config, model.model
 
@@ -25,7 +33,7 @@ def scramble(model: Any, seed: int = 0) -> None:
         return torch.randperm(length, generator=generator)
 
     hidden = order(config.hidden_size)
-    head = config.hidden_size // config.num_attention_heads
+    head = decoder.layers[0].self_attn.head_dim
     queries_per_value = config.num_attention_heads // config.num_key_value_heads
     tied = model.lm_head.weight is decoder.embed_tokens.weight
     for embedding in (decoder.embed_tokens,) if tied else (decoder.embed_tokens, model.lm_head):
@@ -49,3 +57,6 @@ def scramble(model: Any, seed: int = 0) -> None:
         for projection in (mlp.gate_proj, mlp.up_proj):
             projection.weight.copy_(projection.weight[inner][:, hidden])
         mlp.down_proj.weight.copy_(mlp.down_proj.weight[hidden][:, inner])
+    after = model(some_ids).logits
+    if (after - before).norm() > 1e-3 * before.norm():
+        raise ValueError(f"model={type(model).__name__}: does not compute the same when scrambled")
