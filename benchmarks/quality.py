@@ -60,8 +60,10 @@ class Row:
 
 
 class Table:
-    def __init__(self, full) -> None:
-        self.full = full
+    """Rows so far, printed and written down one by one: a run takes a while."""
+
+    def __init__(self, full, head: dict, file: Path | None) -> None:
+        self.full, self.head, self.file = full, head, file
         self.rows: list[Row] = []
 
     def add(self, model: nn.Module, row: Row, **options) -> None:
@@ -72,6 +74,9 @@ class Table:
             row.bits, row.with_scales = found.read.total.bits, found.read.total.bits_with_scales
             row.stored = found.read.total.stored_bits
         self.rows.append(row)
+        if self.file:
+            report = self.head | {"rows": [asdict(row) for row in self.rows]}
+            self.file.write_text(json.dumps(report, indent=1) + "\n")
         cells = [row.what, row.bits, row.with_scales, row.kl, row.perplexity]
         print(*(f"{c:.4f}" if isinstance(c, float) else c for c in cells), flush=True)
 
@@ -99,7 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     batches = token_batches(
         texts.load(arguments.calibration), tokenizer, arguments.calibration_tokens
     )
-    table = Table(reference(model, ids, cache=arguments.cache))
+    machine = demo.describe_machine()
+    head = {"machine": machine, "arguments": argv, "tokens": ids.numel()}
+    table = Table(reference(model, ids, cache=arguments.cache), head, arguments.json)
     table.add(model, Row("full precision", "reference"), decode_rule=False)
     noise = copy.deepcopy(model).to(torch.bfloat16)
     table.add(noise, Row("bfloat16, the noise floor", "reference"), decode_rule=False)
@@ -112,16 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     print()
     shown = [{k: v for k, v in asdict(row).items() if k != "source"} for row in table.rows]
     print(tabulate(shown, headers="keys", tablefmt="github", floatfmt=".4f"))
-    machine = demo.describe_machine()
     print(f"\n{ids.numel()} tokens, the first 16 of each {ids.shape[1]} not scored\n{machine}")
-    if arguments.json:
-        report = {
-            "machine": machine,
-            "arguments": argv,
-            "tokens": ids.numel(),
-            "rows": [asdict(row) for row in table.rows],
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def grinqh(model: nn.Module, batches: list, bits: list[float], table: Table) -> None:
