@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None, to: Path = PICTURES) -> None:
         axes[0].set_ylabel("mean KL to full precision, nats per token")
         axes[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.06))
         axes[1].annotate(
-            "GRINQH: one stored model,\nread at 2 to 4.5 bits", (8.05, 0.6), ha="right", fontsize=8
+            "GRINQH: one stored model,\nread at 2 to 4 bits", (8.05, 0.6), ha="right", fontsize=8
         )
         for suffix in ("svg", "png"):
             figure.savefig(to / f"{file.stem}.{suffix}", dpi=130)
