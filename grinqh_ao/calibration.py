@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grinqh_ao.grading import check_bits
-from grinqh_ao.model import quantized_linears
+from grinqh_ao.model import some_quantized_linears
 from grinqh_ao.tails import Histogram, common_curves
 from grinqh_ao.tensor import GrinqhTensor
 
@@ -44,10 +44,9 @@ def calibrate(
     Without it, thresholds follow from a formula. One forward pass, of prompts, so in the dense
     path; each layer keeps a curve of 1.5 KB, from which the thresholds for any ``bits`` follow: the
     data is not needed again. In units of their average |x|, all layers get the same thresholds:
-    they read ``bits`` together, some more and some less, which is closer to the full-precision
-    model than equal bits in each (docs/quality.md). An output head keeps bits of its own. Batches
-    are moved to the device of the model's first parameter. Calibrate before ``torch.compile``: a
-    compiled model compiles once more.
+    they read ``bits`` together, some more and some less. An output head keeps bits of its own.
+    Batches are moved to the device of the model's first parameter. Calibrate before
+    ``torch.compile``: a compiled model compiles once more.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -60,7 +59,7 @@ def calibrate(
         tokens: how many tokens of the texts to use at most, in sequences of 512.
         relative: how much a token's thresholds follow its own mean |x|, from 0 (not at all) to 1.
             The more, the less bits drift on text of another kind; the less, the more bits go to
-            the tokens that are large. Quality hardly depends on it (docs/quality.md).
+            the tokens that are large.
 
     Raises:
         TypeError: ``data`` is neither texts nor batches.
@@ -68,12 +67,7 @@ def calibrate(
             an argument is out of range, texts come without a tokenizer, or there is nothing to
             count; the model is unchanged.
     """
-    layers = list(quantized_linears(model))
-    if not layers:
-        raise ValueError(
-            f"model={type(model).__name__}: no layer is quantized; "
-            "call quantize_(model, GrinqhConfig(bits=...)) first"
-        )
+    layers = some_quantized_linears(model)
     calibrate_layers(model, layers, _batches(data, tokenizer, tokens), bits, relative)
 
 

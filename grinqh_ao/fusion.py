@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_together
-from grinqh_ao.model import quantized_linears
+from grinqh_ao.model import some_quantized_linears
 from grinqh_ao.tensor import GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
@@ -41,11 +41,7 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
     Raises:
         ValueError: nothing in ``model`` is quantized.
     """
-    if not any(True for _ in quantized_linears(model)):
-        raise ValueError(
-            f"model={type(model).__name__}: no layer is quantized; "
-            "call quantize_(model, GrinqhConfig(bits=...)) first"
-        )
+    some_quantized_linears(model)
     fused = []
     for parent_name, parent in model.named_modules():
         for names in GROUPS:

@@ -22,6 +22,17 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, Grinqh
             yield name, module, weight
 
 
+def some_quantized_linears(model: nn.Module) -> list[tuple[str, nn.Module, GrinqhTensor]]:
+    """:func:`quantized_linears`; raises ValueError if there is none."""
+    layers = list(quantized_linears(model))
+    if not layers:
+        raise ValueError(
+            f"model={type(model).__name__}: no layer is quantized; "
+            "call quantize_(model, GrinqhConfig(bits=...)) first"
+        )
+    return layers
+
+
 def set_bits(model: nn.Module, bits: float) -> None:
     """Sets the average number of weight bits read per token, in place.
 
@@ -37,12 +48,7 @@ def set_bits(model: nn.Module, bits: float) -> None:
         ValueError: nothing in ``model`` is quantized, or ``bits`` is out of range for a layer;
             the model is unchanged.
     """
-    layers = list(quantized_linears(model))
-    if not layers:
-        raise ValueError(
-            f"model={type(model).__name__}: no layer is quantized; "
-            "call quantize_(model, GrinqhConfig(bits=...)) first"
-        )
+    layers = some_quantized_linears(model)
     for name, _, weight in layers:
         check_bits(bits, weight.levels, name=f"bits of {name or 'the layer'}")
     for _, _, weight in layers:
