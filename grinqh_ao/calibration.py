@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from grinqh_ao.grading import check_bits
+from grinqh_ao.compact import ChannelUse, check_stored_bits
+from grinqh_ao.grading import check_bits, most_bits
 from grinqh_ao.model import some_quantized_linears
+from grinqh_ao.observing import FIRST_POSITIONS, Batch, Layers, Observer, check_batch, observe
 from grinqh_ao.tails import Histogram, common_curves
 from grinqh_ao.tensor import GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
 
 SEQUENCE = 512
-# The first positions of a text attract massive activations, and take the dense path as a prompt.
-FIRST_POSITIONS = 16
-
 RELATIVE = 0.25
+# Importance makes no layer's thresholds larger or smaller than by this.
+MOST_UNEQUAL = 4.0
 # Of a token, on average: a longer text is not tokenized to its end.
 _MOST_CHARACTERS = 32
-
-Batch = Tensor | Mapping[str, Any]
 
 
 def calibrate(
@@ -38,15 +36,17 @@ def calibrate(
     tokenizer: Callable[..., Any] | None = None,
     tokens: int = 4096,
     relative: float = RELATIVE,
+    importance: bool = True,
+    stored_bits: float | None = None,
 ) -> None:
     """Measures activations once, so that ``bits`` is met on average, and bits go where they help.
 
-    Without it, thresholds follow from a formula. One forward pass, of prompts, so in the dense
-    path; each layer keeps a curve of 1.5 KB, from which the thresholds for any ``bits`` follow: the
-    data is not needed again. In units of their average |x|, all layers get the same thresholds:
-    they read ``bits`` together, some more and some less. An output head keeps bits of its own.
-    Batches are moved to the device of the model's first parameter. Calibrate before
-    ``torch.compile``: a compiled model compiles once more.
+    Without it, thresholds follow from a formula. One pass over the data, of prompts, so in the
+    dense path; each layer keeps a curve of 1.5 KB, from which the thresholds for any ``bits``
+    follow: the data is not needed again. Layers read ``bits`` together, more where errors cost more
+    and fewer where they cost less. An output head keeps bits of its own. Batches are moved to the
+    device of the model's first parameter. Calibrate before ``torch.compile``: a compiled model
+    compiles once more.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -60,23 +60,36 @@ def calibrate(
         relative: how much a token's thresholds follow its own mean |x|, from 0 (not at all) to 1.
             The more, the less bits drift on text of another kind; the less, the more bits go to
             the tokens that are large.
+        importance: find out what errors in each layer cost, by a backward pass for each batch, and
+            share out bits accordingly. The model has to return logits. Takes memory for the
+            activations of one batch; without it, the thresholds of all layers are the same in units
+            of their average |x|.
+        stored_bits: compact storage, above 4 and below 8: levels above 4 are dropped of all
+            channels but those that need them most, so that this many bits are stored per weight,
+            scales aside. Cannot be undone. A second pass. Not for output heads, nor for weights
+            without levels 4 and 8.
 
     Raises:
         TypeError: ``data`` is neither texts nor batches.
         ValueError: nothing in ``model`` is quantized or a layer is offloaded to the meta device,
-            an argument is out of range, texts come without a tokenizer, or there is nothing to
-            count; the model is unchanged.
+            an argument is out of range, texts come without a tokenizer, there is nothing to
+            count, the model returns no logits, or no layer can be stored compactly; the model is
+            unchanged.
     """
     layers = some_quantized_linears(model)
-    calibrate_layers(model, layers, _batches(data, tokenizer, tokens), bits, relative)
+    batches = _batches(data, tokenizer, tokens)
+    calibrate_layers(model, layers, batches, bits, relative, importance, stored_bits)
 
 
+@torch.inference_mode(False)  # what is made there could not be counted on later
 def calibrate_layers(
     model: nn.Module,
-    layers: list[tuple[str, nn.Module, GrinqhTensor]],
+    layers: Layers,
     batches: Iterable[Batch],
     bits: float | None = None,
     relative: float = RELATIVE,
+    importance: bool = True,
+    stored_bits: float | None = None,
 ) -> None:
     """:func:`calibrate` of some layers, as ``model.quantized_linears`` gives them."""
     number = isinstance(relative, int | float) and not isinstance(relative, bool)
@@ -87,22 +100,40 @@ def calibrate_layers(
             check_bits(bits, weight.levels, name=f"bits of {name or 'the layer'}")
         if weight.is_meta:
             raise ValueError(f"{name}: is on the meta device, offloaded or without data")
-    # Layers with one weight, tied ones, have one histogram.
-    histograms = {weight: Histogram(relative) for _, _, weight in layers}
-    _collect(model, batches, layers, histograms)
-    if all(histogram.empty for histogram in histograms.values()):
+    weights = {weight: None for _, _, weight in layers}  # tied layers have one weight
+    kept: dict[GrinqhTensor, Tensor] = {}
+    if stored_bits is not None:
+        check_stored_bits(stored_bits)
+        batches = list(batches)
+        kept = _channels_to_keep(model, layers, batches, bits, stored_bits)
+
+    observers = {
+        weight: Observer(Histogram(relative, kept.get(weight, _kept_before(weight))))
+        for weight in weights
+    }
+    observe(model, batches, layers, observers, gradients=importance)
+    seen = {weight: o for weight, o in observers.items() if not o.histogram.empty}
+    if not seen:
         raise ValueError(
             "data has nothing to count: expected sequences of more than "
             f"{FIRST_POSITIONS} tokens, and activations that are finite"
         )
-    seen = {weight: histogram for weight, histogram in histograms.items() if not histogram.empty}
     # An output head has bits of its own; all others share what is asked for.
     heads = [[weight] for weight in seen if weight.min_bits]
+    curves: dict[GrinqhTensor, Tensor] = {}
     for group in [[weight for weight in seen if not weight.min_bits], *heads]:
-        sizes = [weight.numel() for weight in group]
-        found = common_curves([seen[weight] for weight in group], sizes) if group else []
-        for weight, curve in zip(group, found, strict=True):
-            weight.calibrate(curve, bits)
+        if group:
+            found = [seen[weight] for weight in group]
+            histograms, sizes = [o.histogram for o in found], [weight.numel() for weight in group]
+            made = common_curves(histograms, sizes, _units(found))
+            curves |= dict(zip(group, made, strict=True))
+    for name, _, weight in layers:
+        if weight in curves:  # of several levels, or stored compactly, not all may reach the bits
+            most = most_bits(weight.levels, curves[weight])
+            wanted = weight.bits if bits is None else bits
+            check_bits(wanted, weight.levels, f"bits of {name or 'the layer'}", most)
+    for weight, curve in curves.items():
+        weight.calibrate(curve, bits, kept.get(weight))
     if missed := [name for name, _, weight in layers if weight not in seen]:
         logger.warning(
             "%d of %d layers saw no token and keep the formula: %s%s",
@@ -111,6 +142,56 @@ def calibrate_layers(
             ", ".join(missed[:4]),
             ", ..." if len(missed) > 4 else "",
         )
+
+
+def _units(observers: Sequence[Observer]) -> list[float]:
+    """What the thresholds of layers are to be in proportion to, beside their average |x|.
+
+    An error costs most in total where the product of the importance of a layer's errors and the
+    square of its thresholds is the largest; bits are shared out best where it is equal everywhere.
+    """
+    found = {o: o.importance for o in observers}
+    wanted = {
+        o: 1 / (o.histogram.average * math.sqrt(cost))
+        for o, cost in found.items()
+        if cost and o.histogram.average
+    }
+    if not wanted:
+        return [1.0] * len(observers)
+    middle = statistics.median(wanted.values())
+    least, most = 1 / MOST_UNEQUAL, MOST_UNEQUAL
+    return [min(max(wanted.get(o, middle) / middle, least), most) for o in observers]
+
+
+def _channels_to_keep(
+    model: nn.Module,
+    layers: Layers,
+    batches: Iterable[Batch],
+    bits: float | None,
+    stored_bits: float,
+) -> dict[GrinqhTensor, Tensor]:
+    """bool [K] for each weight that can be stored compactly and saw anything."""
+    observers = {
+        weight: Observer(Histogram(1.0), ChannelUse(weight.shape[1], bits or weight.bits))
+        for _, _, weight in layers
+        if weight.can_be_compact
+    }
+    if not observers:
+        raise ValueError(
+            f"stored_bits={stored_bits!r}: no layer can be stored compactly; expected weights with "
+            "levels 4 and 8, not stored compactly before, other than output heads"
+        )
+    some = [layer for layer in layers if layer[2] in observers]
+    observe(model, batches, some, observers, gradients=False)
+    return {
+        weight: observer.use.kept(stored_bits)
+        for weight, observer in observers.items()
+        if observer.use and not observer.histogram.empty
+    }
+
+
+def _kept_before(weight: GrinqhTensor) -> Tensor | None:
+    return None if weight.low is None else (weight.low >= 0).cpu()
 
 
 def token_batches(
@@ -141,16 +222,7 @@ def check_batches(data: object, name: str = "data") -> None:
         if not data:
             raise ValueError(f"{name} is empty: expected batches of token ids [B, S]")
         for batch in data:
-            _check_batch(batch, name)
-
-
-def _check_batch(batch: object, name: str = "data") -> None:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        what = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
-        raise TypeError(
-            f"{name} has a batch of {what}: expected token ids [B, S], or a mapping with input_ids"
-        )
+            check_batch(batch, name)
 
 
 def _batches(data: Any, tokenizer: Callable[..., Any] | None, tokens: int) -> Iterable[Batch]:
@@ -165,78 +237,3 @@ def _batches(data: Any, tokenizer: Callable[..., Any] | None, tokens: int) -> It
     check_batches(data)
     batches: Iterable[Batch] = data
     return batches
-
-
-@torch.no_grad()
-def _collect(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    layers: list[tuple[str, nn.Module, GrinqhTensor]],
-    histograms: dict[GrinqhTensor, Histogram],
-) -> None:
-    counter = _Counter()
-    handles = []
-    for _, module, weight in layers:
-        hook = functools.partial(counter.count, histograms[weight])
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    device = next(model.parameters()).device
-    try:
-        with torch.compiler.set_stance("force_eager"), _evaluating(model):  # hooks must run
-            for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
-                _check_batch(batch)
-                inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-                for key, value in inputs.items():
-                    inputs[key] = value.to(device) if isinstance(value, Tensor) else value
-                counter.start(inputs["input_ids"], inputs.get("attention_mask"))
-                model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Counter:
-    """Counts what layers see; what several layers see one after the other is counted once."""
-
-    def __init__(self) -> None:
-        self._keep = Tensor()
-        self._input: Tensor | None = None
-        self._counted_before: Histogram | None = None
-        self._before = Tensor()
-
-    def start(self, input_ids: Tensor, mask: Tensor | None) -> None:
-        """A new batch; of its positions no padding counts, and not the first ones."""
-        keep = torch.ones_like(input_ids, dtype=torch.bool)
-        if mask is not None and mask.shape == keep.shape:
-            keep = mask.bool()
-        self._keep = keep & (keep.cumsum(1) > FIRST_POSITIONS)
-
-    def count(
-        self,
-        histogram: Histogram,
-        module: nn.Module,
-        args: tuple[Tensor, ...],
-        kwargs: dict[str, Tensor],
-    ) -> None:
-        x = args[0] if args else kwargs["input"]
-        other = self._counted_before
-        if x is self._input and other and histogram.average in (None, other.average):
-            histogram.average = other.average
-            histogram.counts += other.counts - self._before
-            return
-        self._input, self._counted_before, self._before = x, histogram, histogram.counts.clone()
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) == self._keep.numel():  # else a part of the positions, in an order of its own
-            rows = rows[self._keep.flatten().to(x.device)]
-        histogram.add(rows)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -11,6 +11,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from grinqh_ao.calibration import check_batches
+from grinqh_ao.compact import check_stored_bits
 from grinqh_ao.grading import ALL_LEVELS, check_bits, check_levels
 
 HEAD_NAMES = ("lm_head", "embed_out")
@@ -34,22 +35,33 @@ class GrinqhConfig(AOBaseConfig):
             model once its layers are quantized; ``token_batches`` makes them from texts. No part
             of the config once it is saved or copied. Not where layers are quantized one by one, as
             transformers does while loading: call ``calibrate`` then.
+        stored_bits: store this many bits per weight, above 4 and below 8, instead of as many as the
+            highest level: see :func:`grinqh_ao.calibrate`. Needs ``calibration``.
 
     Raises:
         TypeError: ``calibration`` is not batches.
-        ValueError: a field is out of range.
+        ValueError: a field is out of range, or ``stored_bits`` comes without ``calibration``.
     """
 
     bits: float = 3.0
     levels: Sequence[int] = field(default_factory=lambda: list(ALL_LEVELS))
     head_bits: float | None = 6.0
     calibration: InitVar[Any] = None
+    stored_bits: InitVar[float | None] = None
 
-    def __post_init__(self, calibration: Any) -> None:
+    def __post_init__(self, calibration: Any, stored_bits: float | None) -> None:
         self.check()
+        if stored_bits is not None:
+            check_stored_bits(stored_bits)
+            if calibration is None:
+                raise ValueError(
+                    f"stored_bits={stored_bits!r} without calibration: expected batches, from "
+                    "which the channels to keep are chosen"
+                )
         if calibration is not None:
             check_batches(calibration, name="calibration")
         self._calibration = calibration  # TorchAO saves no attribute with an underscore
+        self._stored_bits = stored_bits
         self.levels = list(self.levels)  # TorchAO's JSON knows no tuples
 
     def check(self) -> None:

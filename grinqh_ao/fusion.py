@@ -81,7 +81,7 @@ def _why_separate(members: list[nn.Linear]) -> str:
     if not all(isinstance(weight, GrinqhTensor) for weight in weights):
         return "their weights are not all quantized by GRINQH"
     if not _compatible(weights):
-        return "their weights differ in levels, tile width, input size or device"
+        return "their weights differ in levels, tile width, storage, input size or device"
     return ""
 
 
@@ -91,6 +91,7 @@ def _compatible(weights: list[Any]) -> bool:
         isinstance(weight, GrinqhTensor)
         and weight.levels == first.levels
         and weight.tile == first.tile
+        and (weight.low is None) == (first.low is None)
         and weight.shape[1] == first.shape[1]
         and weight.device == first.device
         for weight in weights
@@ -144,6 +145,7 @@ class _Group:
             [weight.thresholds for weight in weights],
             [weight.gains for weight in weights],
             [None if m.bias is None else m.bias.to(x.dtype) for m in self.members],
+            [weight.low for weight in weights],
             weights[0].levels,
         )
 

@@ -5,18 +5,21 @@ A layer's thresholds are a float32 tensor [2, J] for J + 1 levels: the threshold
     thresholds[0] + thresholds[1] * mean(|x|)
 
 the first row absolute, the second relative to the token's own magnitude; mostly one is zero.
-Channel k is read at the level with index #{j : |x_k| > threshold_j}.
+Channel k is read at the level with index #{j : |x_k| > threshold_j}, but at 4 bits at most where
+compact storage has kept no more of it.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from grinqh_ao.tails import Tail, laplace, measured
+from grinqh_ao.slices import HIGH_LEVEL
+from grinqh_ao.tails import Tail, laplace, tails_of
 
 ALL_LEVELS = (0, 2, 4, 6, 8)
 
@@ -40,7 +43,12 @@ def threshold_ratios(levels: tuple[int, ...]) -> list[float]:
     return [step / steps[0] for step in steps]
 
 
-def expected_bits(lowest_threshold: float, levels: tuple[int, ...], tail: Tail = laplace) -> float:
+def expected_bits(
+    lowest_threshold: float,
+    levels: tuple[int, ...],
+    tail: Tail = laplace,
+    low_tail: Tail | None = None,
+) -> float:
     """Average bits per weight with thresholds of the given ratios, the lowest being given.
 
     Args:
@@ -49,11 +57,19 @@ def expected_bits(lowest_threshold: float, levels: tuple[int, ...], tail: Tail =
         tail: share of the channels above a threshold. The default takes activations as Laplace
             and thresholds in units of the token's mean |x|; docs/method.md shows how well that is
             met on a real model.
+        low_tail: in compact storage, share of the channels that are above a threshold and have low
+            slices to be read.
     """
     bits = float(levels[0])
     for (a, b), ratio in zip(itertools.pairwise(levels), threshold_ratios(levels), strict=True):
-        bits += (b - a) * tail(lowest_threshold * ratio)
+        share = low_tail if low_tail and b > HIGH_LEVEL else tail
+        bits += (b - a) * share(lowest_threshold * ratio)
     return bits
+
+
+def most_bits(levels: tuple[int, ...], curve: Tensor | None = None) -> float:
+    """The average that is read if every non-zero activation asks for the highest level."""
+    return expected_bits(0.0, levels, *_weights_and_tails(curve)[2:])
 
 
 def level_shares(bits: float, levels: tuple[int, ...] = ALL_LEVELS) -> dict[int, float]:
@@ -76,15 +92,16 @@ def thresholds_for(bits: float, levels: tuple[int, ...], curve: Tensor | None = 
     Raises:
         ValueError: ``bits`` is not a number the levels can average to.
     """
-    check_bits(bits, levels)
-    absolute, relative, tail = _weights_and_tail(curve)
+    most = most_bits(levels, curve)
+    check_bits(bits, levels, most=most)
+    absolute, relative, tail, low_tail = _weights_and_tails(curve)
     ratios = torch.tensor(threshold_ratios(levels), dtype=torch.float64, device="cpu")
     if bits == levels[0]:
         lowest = math.inf
-    elif bits == levels[-1]:  # exactly: every non-zero activation at the highest level
+    elif bits == most:  # exactly: every non-zero activation at the highest level
         lowest = 0.0
     else:
-        lowest = _lowest_threshold(bits, levels, tail)
+        lowest = _lowest_threshold(bits, levels, tail, low_tail)
     rows = [lowest * weight * ratios if weight else 0 * ratios for weight in (absolute, relative)]
     return torch.stack(rows).clamp(max=_FLOAT32_MAX).float()
 
@@ -93,32 +110,36 @@ def bits_of(thresholds: Tensor, levels: tuple[int, ...], curve: Tensor | None = 
     """The average that :func:`thresholds_for` was asked for. Waits for the device."""
     if len(levels) == 1:
         return float(levels[0])
-    absolute, relative, tail = _weights_and_tail(curve)
+    absolute, relative, tail, low_tail = _weights_and_tails(curve)
     row, weight = (0, absolute) if absolute else (1, relative)
     lowest: float = thresholds[row, 0].item()
-    return expected_bits(lowest / weight, levels, tail)
+    return expected_bits(lowest / weight, levels, tail, low_tail)
 
 
-def _weights_and_tail(curve: Tensor | None) -> tuple[float, float, Tail]:
-    """How much the average and the token's mean count in a threshold, and the tail of the rest."""
+def _weights_and_tails(curve: Tensor | None) -> tuple[float, float, Tail, Tail | None]:
+    """How much the average and the token's mean count in a threshold, and the tails of the rest."""
     if curve is None:
-        return 0.0, 1.0, laplace
-    absolute, relative, *shares = curve.tolist()
-    return absolute, relative, measured(shares)
+        return 0.0, 1.0, laplace, None
+    absolute, relative = curve[:2].tolist()
+    return absolute, relative, *tails_of(curve)
 
 
-def _lowest_threshold(bits: float, levels: tuple[int, ...], tail: Tail) -> float:
+def _lowest_threshold(
+    bits: float, levels: tuple[int, ...], tail: Tail, low_tail: Tail | None
+) -> float:
     """Bisection over log2: expected_bits falls as its threshold grows."""
     low, high = -64.0, 32.0
     for _ in range(60):
         middle = (low + high) / 2
-        more = expected_bits(math.exp2(middle), levels, tail) > bits
+        more = expected_bits(math.exp2(middle), levels, tail, low_tail) > bits
         low, high = (middle, high) if more else (low, middle)
     return math.exp2(high)
 
 
-def level_index(x: Tensor, thresholds: Tensor) -> Tensor:
-    """Grades activations; in float32, whatever the dtype of ``x``.
+def grade(
+    x: Tensor, thresholds: Tensor, levels: Sequence[int], low: Tensor | None = None
+) -> Tensor:
+    """The level of every channel; graded in float32, whatever the dtype of ``x``.
 
     A zero is never above a threshold, so it is read at the lowest level, where it loses nothing.
     NaN and infinity are above every threshold: they reach the output as in a dense layer.
@@ -126,18 +147,20 @@ def level_index(x: Tensor, thresholds: Tensor) -> Tensor:
     Args:
         x: [..., K]; each row of K is graded against its own thresholds.
         thresholds: float32 [2, J].
+        levels: J + 1, ascending.
+        low: int32 [K] in compact storage: channels where it is negative have no low slices.
 
     Returns:
-        uint8 [..., K], 0 to J.
+        uint8 [..., K], bits.
     """
     magnitude = x.abs().float()
     absolute, relative = thresholds
     row = absolute + relative * magnitude.mean(dim=-1, keepdim=True)  # [..., J]
     row = row.clamp(max=_FLOAT32_MAX)
-    index = torch.zeros_like(magnitude, dtype=torch.uint8)
-    for j in range(thresholds.shape[1]):
-        index += ~(magnitude <= row[..., j : j + 1])
-    return index
+    bits = torch.full_like(magnitude, levels[0], dtype=torch.uint8)
+    for j, (a, b) in enumerate(itertools.pairwise(levels)):
+        bits += (b - a) * ~(magnitude <= row[..., j : j + 1])
+    return bits if low is None else torch.where(low < 0, bits.clamp(max=HIGH_LEVEL), bits)
 
 
 def check_levels(levels: object) -> tuple[int, ...]:
@@ -159,12 +182,20 @@ def check_levels(levels: object) -> tuple[int, ...]:
     )
 
 
-def check_bits(bits: float, levels: tuple[int, ...], name: str = "bits") -> None:
-    """Raises ValueError unless ``bits`` is an average that ``levels`` can reach."""
+def check_bits(
+    bits: float, levels: tuple[int, ...], name: str = "bits", most: float | None = None
+) -> None:
+    """Raises ValueError unless ``bits`` is an average that ``levels`` can reach.
+
+    Args:
+        most: where less than the highest level can be reached, in compact storage.
+    """
+    most = levels[-1] if most is None else most
     number = isinstance(bits, int | float) and not isinstance(bits, bool) and math.isfinite(bits)
-    if not number or not levels[0] <= bits <= levels[-1] or bits <= 0:
-        low = "above 0" if levels[0] == 0 else f"at least {levels[0]}"
+    if not number or not levels[0] <= bits <= most or bits <= 0:
+        least = "above 0" if levels[0] == 0 else f"at least {levels[0]}"
+        stored = "" if most == levels[-1] else ", stored compactly,"
         raise ValueError(
-            f"{name}={bits!r}: expected a number {low} and at most {levels[-1]}, "
-            f"the average that levels {levels} can reach"
+            f"{name}={bits!r}: expected a number {least} and at most {most:g}, "
+            f"the average that levels {levels}{stored} can reach"
         )

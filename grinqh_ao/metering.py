@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.decode_rule import decoded_together, first_decoded_row
-from grinqh_ao.grading import level_index
 from grinqh_ao.model import quantized_linears
 from grinqh_ao.tensor import GrinqhTensor
 
@@ -87,7 +86,7 @@ class _Counter:
             counts=torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device),
             levels=weight.levels,
             shape=(weight.shape[0], weight.shape[1]),
-            padded_outputs=weight.slices.shape[1] * weight.tile,
+            padded_outputs=weight.slices.shape[0] * weight.tile,
             bytes_per_call=weight.row_scale.nbytes + weight.thresholds.nbytes,
             stored_bytes=weight.stored_bytes,
             storage=weight.slices.data_ptr(),
@@ -236,10 +235,9 @@ def _count(
             counter.tokens_with_gradient += 1
         return
     rows = x.detach()[..., start:, :] if x.dim() > 1 else x.detach()[None]
-    index = level_index(rows, weight.thresholds).flatten(0, -2)
+    bits = weight.grade(rows).flatten(0, -2)
     if decoded_together():
-        index = index.amax(0, keepdim=True)
+        bits = bits.amax(0, keepdim=True)
     # Not bincount(), which waits for the device.
-    levels = torch.arange(len(counter.counts), device=index.device)
-    counter.counts += (index.flatten()[:, None] == levels).sum(0)
-    counter.tokens += len(index)
+    counter.counts += torch.stack([(bits == level).sum() for level in counter.levels])
+    counter.tokens += len(bits)

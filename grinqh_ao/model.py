@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from grinqh_ao.grading import check_bits
 from grinqh_ao.tensor import GrinqhTensor
 
 
@@ -50,7 +49,7 @@ def set_bits(model: nn.Module, bits: float) -> None:
     """
     layers = some_quantized_linears(model)
     for name, _, weight in layers:
-        check_bits(bits, weight.levels, name=f"bits of {name or 'the layer'}")
+        weight.check_bits(bits, name=f"bits of {name or 'the layer'}")
     for _, _, weight in layers:
         weight.set_bits(bits)
 

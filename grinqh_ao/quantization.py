@@ -83,12 +83,17 @@ def _quantize(call: QuantizeCall) -> None:
 
 def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:
     """With the data of the layers' configs, each of which most layers will share."""
-    given = [layer.config._calibration for layer in layers]
-    for data in {id(data): data for data in given if data is not None}.values():
-        names = {layer.name for layer in layers if layer.config._calibration is data}
+    alike: dict[tuple[int, float | None], list[Layer]] = {}
+    for layer in layers:
+        if layer.config._calibration is not None:
+            key = id(layer.config._calibration), layer.config._stored_bits
+            alike.setdefault(key, []).append(layer)
+    for (_, stored_bits), group in alike.items():
+        names = {layer.name for layer in group}
         found = [entry for entry in quantized_linears(model) if entry[0] in names]
+        data = group[0].config._calibration
         try:
-            calibrate_layers(model, found, data)
+            calibrate_layers(model, found, data, stored_bits=stored_bits)
         except BaseException as error:
             error.add_note(f"{len(names)} layers are quantized, but not calibrated")
             raise

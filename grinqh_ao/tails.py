@@ -7,7 +7,8 @@ A calibrated layer keeps a *curve*, float32 [2 + POINTS]: two weights (a, r), th
 above 2**(LOWEST + i / PER_OCTAVE), for i from 0 to POINTS - 1, in all layers taken together. With
 r zero and a the layer's own average of |x|, thresholds on u are thresholds on |x| itself; with
 (0, 1) they are relative to each token's mean. From the curve follow the thresholds for any ``bits``
-and any level set.
+and any level set. In compact storage a second list of POINTS shares counts only what is in channels
+with low slices: what is read of levels above 4.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LOWEST = -24
 PER_OCTAVE = 8
 POINTS = 48 * PER_OCTAVE + 1
 CURVE_LENGTH = 2 + POINTS
+COMPACT_CURVE_LENGTH = 2 + 2 * POINTS
 
 # Elements of a temporary; keeps them small beside the model.
 _BLOCK = 1 << 20
@@ -35,12 +37,23 @@ def laplace(threshold: float) -> float:
     return math.exp(-threshold)
 
 
-def measured(shares: Sequence[float]) -> Tail:
-    """The tail that a curve's shares describe, straight lines over log2 of the threshold."""
+def tails_of(curve: Tensor) -> tuple[Tail, Tail | None]:
+    """A curve's tails: of all channels, and of those with low slices if storage is compact."""
+    shares, low_shares = curve[2 : 2 + POINTS].tolist(), curve[2 + POINTS :].tolist()
+    return measured(shares), measured(low_shares, low_shares[0]) if low_shares else None
+
+
+def measured(shares: Sequence[float], everything: float = 1.0) -> Tail:
+    """The tail that a curve's shares describe, straight lines over log2 of the threshold.
+
+    Args:
+        shares: POINTS of them.
+        everything: the share above a threshold of zero.
+    """
 
     def tail(threshold: float) -> float:
         if threshold <= 0:
-            return 1.0
+            return everything
         place = (math.log2(threshold) - LOWEST) * PER_OCTAVE
         if place <= 0:
             return shares[0]
@@ -58,12 +71,15 @@ class Histogram:
     Args:
         relative: how much the token's own mean |x| counts in u, 0 to 1; the rest is the layer's
             average, of what it sees first.
+        kept: bool [K], on the CPU: in compact storage, the channels with low slices; else None.
     """
 
-    def __init__(self, relative: float) -> None:
+    def __init__(self, relative: float, kept: Tensor | None = None) -> None:
         self.relative = relative
+        self.kept = kept
         self.average: float | None = None
-        self.counts = torch.zeros(POINTS + 1, dtype=torch.int64)
+        # Of all channels; in compact storage also of those with low slices.
+        self.counts = torch.zeros(1 if kept is None else 2, POINTS + 1, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
         """Counts activations [tokens, K], but not of tokens that are not finite or all zero."""
@@ -79,34 +95,62 @@ class Histogram:
             u = block.abs().float() / block_unit[:, None]
             # Bin i holds what is above point i - 1 and not above point i.
             bins = ((u.log2() - LOWEST) * PER_OCTAVE).ceil().clamp(0, POINTS).long()
-            self.counts += torch.bincount(bins.flatten(), minlength=POINTS + 1).cpu()
+            self.counts[0] += torch.bincount(bins.flatten(), minlength=POINTS + 1).cpu()
+            if self.kept is not None:
+                bins = bins[:, self.kept.to(bins.device)]
+                self.counts[1] += torch.bincount(bins.flatten(), minlength=POINTS + 1).cpu()
+
+    def add_from(self, other: Histogram, before: Tensor) -> bool:
+        """Adds what ``other`` counted since its counts were ``before``; False if it cannot."""
+        same_kept = self.kept is other.kept or (
+            self.kept is not None and other.kept is not None and self.kept.equal(other.kept)
+        )
+        if not same_kept or self.average not in (None, other.average):
+            return False
+        self.average = other.average
+        self.counts += other.counts - before
+        return True
 
     @property
     def empty(self) -> bool:
         return self.average is None
 
-    @property
-    def weights(self) -> tuple[float, float]:
-        """Of the layer's average and of the token's mean in u."""
+    def weights(self, steps: int) -> Tensor:
+        """float64 [2]: of the layer's average and of the token's mean in u / 2**(steps / 8)."""
         assert self.average is not None
-        return (1 - self.relative) * self.average, self.relative
+        weights = [(1 - self.relative) * self.average, self.relative]
+        return 2 ** (steps / PER_OCTAVE) * torch.tensor(weights, dtype=torch.float64)
 
-    def shares(self) -> Tensor:
-        """float64 [POINTS], on the CPU: shares of u above the points of a curve."""
-        counts = self.counts.double()
-        return counts.flip(0).cumsum(0).flip(0)[1:] / counts.sum()
+    def shares(self, steps: int) -> Tensor:
+        """float64 [2, POINTS]: shares of u / 2**(steps / 8) above the points of a curve.
+
+        Of all channels, and of those with low slices: all of them unless storage is compact.
+        """
+        bins = (torch.arange(POINTS + 1) - steps).clamp(0, POINTS)
+        counts = torch.zeros(len(self.counts), POINTS + 1, dtype=torch.float64)
+        counts.index_add_(1, bins, self.counts.double())
+        shares = counts.flip(1).cumsum(1).flip(1)[:, 1:] / counts[0].sum()
+        return shares.expand(2, -1)
 
 
-def common_curves(histograms: Sequence[Histogram], sizes: Sequence[int]) -> list[Tensor]:
-    """float32 [CURVE_LENGTH] for each layer, on the CPU, from what each of them saw.
+def common_curves(
+    histograms: Sequence[Histogram], sizes: Sequence[int], units: Sequence[float]
+) -> list[Tensor]:
+    """float32 [2 + POINTS], or [2 + 2 * POINTS], for each layer, on the CPU.
 
     Args:
-        histograms: none of them empty.
+        histograms: what each layer saw; none of them empty.
         sizes: number of weights of the layers, by which their shares count.
+        units: what thresholds are to be in proportion to, layer by layer, beside each layer's own
+            activations. Rounded to points of the curve.
     """
-    shares = [size * h.shares() for size, h in zip(sizes, histograms, strict=True)]
-    common = torch.stack(shares).sum(0) / sum(sizes)
-    return [torch.cat([torch.tensor(h.weights), common]).float() for h in histograms]
+    steps = [round(PER_OCTAVE * math.log2(unit)) for unit in units]
+    layers = list(zip(histograms, sizes, steps, strict=True))
+    shares_of_all = torch.stack([size * h.shares(step) for h, size, step in layers])
+    common = shares_of_all.sum(0) / sum(sizes)
+    compact = any(h.kept is not None for h in histograms)
+    shares = common.flatten() if compact else common[0]
+    return [torch.cat([h.weights(step), shares]).float() for h, _, step in layers]
 
 
 def _rows(x: Tensor) -> int:
@@ -122,14 +166,19 @@ def _mean_magnitude(x: Tensor) -> Tensor:
     return x.abs().float().mean(dim=1)
 
 
-def check_curve(curve: Tensor) -> None:
-    """Raises ValueError unless ``curve`` is what :func:`common_curves` could give."""
-    if curve.dtype != torch.float32 or curve.shape != (CURVE_LENGTH,):
+def check_curve(curve: Tensor, compact: bool = False) -> None:
+    """Raises ValueError unless ``curve`` is what :func:`common_curves` could give.
+
+    Args:
+        compact: it is for a weight in compact storage.
+    """
+    lengths = [COMPACT_CURVE_LENGTH] if compact else [CURVE_LENGTH, COMPACT_CURVE_LENGTH]
+    if curve.dtype != torch.float32 or curve.dim() != 1 or len(curve) not in lengths:
         raise ValueError(
             f"curve of dtype {curve.dtype} and shape {tuple(curve.shape)}: expected float32 "
-            f"[{CURVE_LENGTH}]"
+            f"[{lengths[0]}]"
         )
-    (absolute, relative), shares = curve[:2].tolist(), curve[2:].tolist()
+    absolute, relative = curve[:2].tolist()
     if not (
         0 <= absolute < math.inf and 0 <= relative < math.inf and (absolute > 0 or relative > 0)
     ):
@@ -137,6 +186,7 @@ def check_curve(curve: Tensor) -> None:
             f"curve with weights {absolute} and {relative}: expected finite numbers from 0, "
             "at least one of them above 0"
         )
-    falls = all(a >= b for a, b in itertools.pairwise(shares))
-    if not (falls and shares[-1] >= 0 and shares[0] <= 1):
-        raise ValueError("curve whose shares do not fall from at most 1 to at least 0")
+    for shares in curve[2:].view(-1, POINTS).tolist():
+        falls = all(a >= b for a, b in itertools.pairwise(shares))
+        if not (falls and shares[-1] >= 0 and shares[0] <= 1):
+            raise ValueError("curve whose shares do not fall from at most 1 to at least 0")

@@ -27,10 +27,19 @@ from grinqh_ao.grading import (
     bits_of,
     check_bits,
     check_levels,
-    level_index,
+    grade,
+    most_bits,
     thresholds_for,
 )
-from grinqh_ao.slices import FIELDS_PER_WORD, pack, tile_width, unpack_rows
+from grinqh_ao.slices import (
+    FIELDS_PER_WORD,
+    HIGH_LEVEL,
+    drop_low,
+    pack,
+    split,
+    tile_width,
+    unpack_rows,
+)
 from grinqh_ao.tails import check_curve
 
 aten = torch.ops.aten
@@ -46,12 +55,13 @@ class GrinqhTensor(TorchAOBaseTensor):
     at its highest level, dequantized to the dtype of the input.
 
     Tensor data:
-        slices: int32 [S, tiles, K, tile / 16], the codes cut into 2-bit slices, top bits first.
+        slices: int32 [tiles, lines, tile / 16], the codes cut into 2-bit slices (:mod:`.slices`).
         scales: uint8 [tiles, K, tile / 64], logarithmic scales of 64 outputs of one channel.
         row_scale: bfloat16 [N].
         thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
         gains: float32 [4], of levels 2, 4, 6 and 8 (see :mod:`.codec`).
         curve: float32 [387] where calibrated, else None (see :mod:`.tails`).
+        low: int32 [K] in compact storage, which channels have low slices; else None.
 
     Attributes:
         levels: the bits a channel may be read at, ascending; J + 1 of them.
@@ -61,7 +71,7 @@ class GrinqhTensor(TorchAOBaseTensor):
 
     tensor_data_names = ["slices", "scales", "row_scale", "thresholds", "gains"]
     tensor_attribute_names = ["levels", "min_bits", "dtype"]
-    optional_tensor_data_names = ["curve"]
+    optional_tensor_data_names = ["curve", "low"]
 
     slices: Tensor
     scales: Tensor
@@ -69,6 +79,7 @@ class GrinqhTensor(TorchAOBaseTensor):
     thresholds: Tensor
     gains: Tensor
     curve: Tensor | None
+    low: Tensor | None
     levels: tuple[int, ...]
     min_bits: float
 
@@ -83,8 +94,9 @@ class GrinqhTensor(TorchAOBaseTensor):
         min_bits: float,
         dtype: torch.dtype,
         curve: Tensor | None = None,
+        low: Tensor | None = None,
     ) -> GrinqhTensor:
-        shape = (row_scale.shape[0], slices.shape[2])
+        shape = (row_scale.shape[0], scales.shape[1])
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, device=slices.device, dtype=dtype, requires_grad=False
         )
@@ -100,6 +112,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         min_bits: float,
         dtype: torch.dtype,
         curve: Tensor | None = None,
+        low: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.slices = slices
@@ -110,6 +123,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         self.levels = tuple(levels)
         self.min_bits = min_bits
         self.curve = curve
+        self.low = low
 
     @classmethod
     @torch.compiler.disable  # done once per weight, and to give the same codes everywhere
@@ -165,29 +179,51 @@ class GrinqhTensor(TorchAOBaseTensor):
         Raises:
             ValueError: ``bits`` is not an average that the levels can reach.
         """
-        check_bits(bits, self.levels)
+        self.check_bits(bits)
         thresholds = thresholds_for(max(bits, self.min_bits), self.levels, self.curve)
         # In inference mode even thresholds that were made there may be written to.
         with torch.inference_mode():
             self.thresholds.copy_(thresholds)
 
-    def calibrate(self, curve: Tensor, bits: float | None = None) -> None:
+    def check_bits(self, bits: float, name: str = "bits") -> None:
+        """Raises ValueError unless ``bits`` is an average that this weight can be read at."""
+        check_bits(bits, self.levels, name, most_bits(self.levels, self.curve))
+
+    def calibrate(
+        self, curve: Tensor, bits: float | None = None, kept: Tensor | None = None
+    ) -> None:
         """Replaces the formula behind ``bits`` by what calibration measured, in place.
 
         Args:
-            curve: float32 [387], see :mod:`.tails`.
+            curve: float32 [387], or [772] for compact storage, see :mod:`.tails`.
             bits: as in :meth:`set_bits`; None keeps what the tensor aims at now.
+            kept: bool [K], goes over to compact storage: the channels that keep low slices. The
+                others are read at 4 bits at most from now on.
 
         Raises:
-            ValueError: ``curve`` is no curve, or ``bits`` out of range; nothing is changed.
+            ValueError: ``curve`` is no curve for this storage, ``bits`` out of range, or the tensor
+                cannot be stored compactly: its levels are without 4 or 8, or it is already.
         """
-        check_curve(curve)
+        if kept is not None and not self.can_be_compact:
+            raise ValueError(
+                f"kept: {self._quantization_type()} cannot be stored compactly: expected levels "
+                "4 and 8, no min_bits, and low slices of all channels"
+            )
+        check_curve(curve, compact=kept is not None or self.low is not None)
         bits = self.bits if bits is None else bits
-        check_bits(bits, self.levels)
+        check_bits(bits, self.levels, most=most_bits(self.levels, curve))
         thresholds = thresholds_for(max(bits, self.min_bits), self.levels, curve)
+        if kept is not None:
+            self.slices, self.low = drop_low(self.slices, kept.to(self.device))
         self.curve = curve.to(self.device, copy=True)
         with torch.inference_mode():
             self.thresholds.copy_(thresholds)
+
+    @property
+    def can_be_compact(self) -> bool:
+        """Whether low slices may be dropped: not of output heads, which need them all."""
+        levels_fit = HIGH_LEVEL in self.levels and self.levels[-1] == 8
+        return levels_fit and not self.min_bits and self.low is None
 
     @property
     def bits(self) -> float:
@@ -197,7 +233,7 @@ class GrinqhTensor(TorchAOBaseTensor):
     @property
     def tile(self) -> int:
         """Outputs per tile."""
-        return self.slices.shape[3] * FIELDS_PER_WORD
+        return self.slices.shape[2] * FIELDS_PER_WORD
 
     def dequantize(
         self, output_dtype: torch.dtype | None = None, level: int | None = None
@@ -209,6 +245,7 @@ class GrinqhTensor(TorchAOBaseTensor):
             self.scales,
             self.row_scale,
             self.gains,
+            self.low,
             level,
             output_dtype or self.dtype,
         )
@@ -225,7 +262,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         bias = None if bias is None else bias.to(x.dtype)
         start = self.first_decoded_row(x, bias)
         if start is None:
-            return F.linear(x, self.dequantize(x.dtype), bias)
+            return self._dense_linear(x, bias)
         if decoded_together() or x.numel() == x.shape[-1]:
             return ops.decode_linear(
                 x,
@@ -235,6 +272,7 @@ class GrinqhTensor(TorchAOBaseTensor):
                 self.thresholds,
                 self.gains,
                 bias,
+                self.low,
                 self.levels,
             )
         decoded = self._decode_rows(x[..., start:, :], bias)
@@ -244,6 +282,24 @@ class GrinqhTensor(TorchAOBaseTensor):
             [F.linear(x[..., :start, :], self.dequantize(x.dtype), bias), decoded], dim=-2
         )
 
+    def _dense_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        dense = self.dequantize(x.dtype)
+        if not _wants_grad(x) or torch.compiler.is_compiling():
+            return F.linear(x, dense, bias)
+        # A backward pass dequantizes again, so that between the passes there is no dense weight.
+        place = dense.data_ptr()
+
+        def pack(saved: Tensor) -> Any:
+            return (saved.shape, saved.stride()) if saved.data_ptr() == place else saved
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            return self.dequantize(x.dtype).as_strided(*packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return F.linear(x, dense, bias)
+
     @staticmethod
     def first_decoded_row(x: Tensor, bias: Tensor | None = None) -> int | None:
         """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
@@ -252,20 +308,26 @@ class GrinqhTensor(TorchAOBaseTensor):
 
     def _decode_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The decode rule on every row by itself: a dense product per level, in float32 or more."""
-        index = level_index(x, self.thresholds)
+        bits = self.grade(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         y = x.new_zeros(*x.shape[:-1], self.shape[0], dtype=dtype)
-        for i, level in enumerate(self.levels):
+        for level in self.levels:
             if level:
                 weight = self.dequantize(dtype, level)
-                y += torch.where(index == i, x, 0).to(dtype) @ weight.t()
+                y += torch.where(bits == level, x, 0).to(dtype) @ weight.t()
         return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+    def grade(self, x: Tensor) -> Tensor:
+        """uint8 [..., K]: the level that each channel of ``x`` [..., K] is read at."""
+        return grade(x, self.thresholds, self.levels, self.low)
 
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""
+        if self.low is not None:
+            return F.embedding(indices, self.dequantize())
         rows = indices.flatten()
         row_scale = self.row_scale.index_select(0, rows).float()  # says if an index is out of range
-        codes = unpack_rows(self.slices, rows)
+        codes = unpack_rows(split(self.slices, self.shape[1]), rows)
         groups = self.scales[rows // self.tile, :, rows % self.tile // SCALE_GROUP]
         values = lookup(level_values(self.gains, self.levels[-1]), codes)
         weight = values * decode_scales(groups) * row_scale[:, None]
@@ -274,17 +336,20 @@ class GrinqhTensor(TorchAOBaseTensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes of everything stored for this weight."""
-        data = [getattr(self, name) for name in self.tensor_data_names] + [self.curve]
+        names = self.tensor_data_names + self.optional_tensor_data_names
+        data = [getattr(self, name) for name in names]
         return sum(tensor.nbytes for tensor in data if tensor is not None)
 
     def _quantization_type(self) -> str:  # what TorchAO asks for
-        return f"levels={self.levels}, min_bits={self.min_bits:g}, tile={self.tile}"
+        compact = "" if self.low is None else ", compact"
+        return f"levels={self.levels}, min_bits={self.min_bits:g}, tile={self.tile}{compact}"
 
     def _stable_hash_for_caching(self) -> str:
-        # Everything a compiled graph depends on beside the inner tensors' own metadata. Their names
-        # too: graphs of another version of this class may lie in a cache on disk.
-        names = ",".join(self.__tensor_flatten__()[0])
-        return f"{names};{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype}"
+        # Everything a compiled graph depends on. Names and shapes of the inner tensors too: compact
+        # storage differs in them, and graphs of another version of this class may lie on disk.
+        names = self.__tensor_flatten__()[0]
+        inner = ",".join(f"{name}{tuple(getattr(self, name).shape)}" for name in names)
+        return f"{inner};{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype}"
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return (
@@ -350,6 +415,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
         weight.min_bits,
         dtype,
         None if weight.curve is None else move(weight.curve),
+        None if weight.low is None else move(weight.low),
     )
     aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
     return aliased

@@ -10,22 +10,28 @@ from grinqh_ao.codec import SCALE_GROUP
 def dense_at(weight: GrinqhTensor, level: int) -> Tensor:
     """float64 [N, K]: every stored bit by its documented place and meaning, one at a time."""
     n, k = weight.shape
-    _, _, _, words = weight.slices.shape
+    words = weight.slices.shape[2]
     tile = 16 * words
+    stored = weight.levels[-1] // 2
+    high = min(stored, 2)
+    low = torch.arange(k) if weight.low is None else weight.low.long()
+    levels = torch.where(low < 0, min(level, 4), level)
     dense = torch.zeros(n, k, dtype=torch.float64)
     if level == 0:
         return dense
-    codes = torch.arange(2**level, dtype=torch.float64)
-    table = weight.gains[level // 2 - 1].double() * ((2 * codes + 1) / 2**level - 1)
+    gains = weight.gains.double()[levels // 2 - 1]
     for row in range(n):
         t, offset = divmod(row, tile)
         field, word = divmod(offset, words)
         code = torch.zeros(k, dtype=torch.int64)
         for s in range(level // 2):
-            code = 4 * code + ((weight.slices[s, t, :, word].long() >> (2 * field)) & 3)
+            line = high * torch.arange(k) + s if s < 2 else high * k + low * (stored - 2) + s - 2
+            two_bits = (weight.slices[t, line, word].long() >> (2 * field)) & 3
+            code = torch.where(2 * s < levels, 4 * code + two_bits, code)
         exponent = weight.scales[t, :, offset // SCALE_GROUP].double()
         scale = torch.where(exponent > 0, 2 ** ((exponent - 255) / 16), 0)
-        dense[row] = table[code] * scale * weight.row_scale[row].double()
+        value = gains * ((2 * code + 1) / 2.0**levels - 1)
+        dense[row] = value * scale * weight.row_scale[row].double()
     return dense
 
 
@@ -34,7 +40,10 @@ def levels_of(x: Tensor, weight: GrinqhTensor) -> list[int]:
     magnitude = x.abs().float()
     absolute, relative = weight.thresholds
     thresholds = (absolute + relative * magnitude.mean()).tolist()
-    return [weight.levels[sum(m > t for t in thresholds)] for m in magnitude.tolist()]
+    levels = [weight.levels[sum(m > t for t in thresholds)] for m in magnitude.tolist()]
+    if weight.low is None:
+        return levels
+    return [min(level, 4) if p < 0 else level for level, p in zip(levels, weight.low, strict=True)]
 
 
 def decode(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:

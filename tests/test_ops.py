@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import plain
 from grinqh_ao import GrinqhTensor, ops
 from grinqh_ao.grading import ALL_LEVELS
+from grinqh_ao.slices import drop_low
 
 LEVEL_SETS = [ALL_LEVELS, (0, 2, 4, 8), (0, 2, 4), (2, 4, 8), (0, 8), (4,)]
 
@@ -20,6 +21,7 @@ def arguments(weight: GrinqhTensor, bias: torch.Tensor | None = None) -> tuple:
         weight.thresholds,
         weight.gains,
         bias,
+        weight.low,
         weight.levels,
     )
 
@@ -31,6 +33,8 @@ def cases(draw):
     bits = draw(st.floats(max(levels[0], 0.1), levels[-1]))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     weight = GrinqhTensor.from_hp(torch.randn(n, k), bits, levels)
+    if weight.can_be_compact and draw(st.booleans()):
+        weight.slices, weight.low = drop_low(weight.slices, torch.rand(k) < draw(st.floats(0, 1)))
     if draw(st.booleans()):  # calibrated thresholds are absolute
         weight.thresholds[0] = weight.thresholds[1].clamp(max=1e30)
         weight.thresholds[1] = 0
@@ -72,7 +76,7 @@ def test_dequantize(case):
 def test_prefix_codes_are_the_codes_of_lower_levels(n):
     """Reading fewer slices of an 8-bit weight is reading the 4-bit weight inside it."""
     weight = GrinqhTensor.from_hp(torch.randn(n, 20), bits=8)
-    weight.slices[2:] = 0x5A5A5A5A  # what a level does not read cannot matter
+    weight.slices[:, 2 * 20 :] = 0x5A5A5A5A  # what a level does not read cannot matter
     changed = weight.dequantize(level=8)
     torch.testing.assert_close(weight.dequantize(level=4).double(), plain.dense_at(weight, 4))
     assert not torch.allclose(changed, weight.dequantize(level=4))
@@ -89,7 +93,7 @@ def test_opcheck():
             )
     torch.library.opcheck(
         ops.dequantize,
-        (weight.slices, weight.scales, weight.row_scale, weight.gains, 6, torch.bfloat16),
+        (weight.slices, weight.scales, weight.row_scale, weight.gains, None, 6, torch.bfloat16),
         test_utils=tests,
     )
 

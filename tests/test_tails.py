@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grinqh_ao.grading import ALL_LEVELS, bits_of, level_index, thresholds_for
+from grinqh_ao.grading import ALL_LEVELS, bits_of, grade, thresholds_for
 from grinqh_ao.tails import CURVE_LENGTH, Histogram, check_curve, common_curves, laplace, measured
 
 LEVEL_SETS = [levels for size in range(2, 6) for levels in itertools.combinations(ALL_LEVELS, size)]
@@ -16,7 +16,7 @@ LEVEL_SETS = [levels for size in range(2, 6) for levels in itertools.combination
 def curve_of(x: torch.Tensor, relative: float) -> torch.Tensor:
     histogram = Histogram(relative)
     histogram.add(x)
-    return common_curves([histogram], [1])[0]
+    return common_curves([histogram], [1], [1.0])[0]
 
 
 def activations(kind: str, seed: int = 0) -> torch.Tensor:
@@ -41,7 +41,7 @@ def test_bits_solved_are_bits_read(kind, levels, relative, share):
     x = activations(kind)
     bits = levels[0] + share * (levels[-1] - levels[0])
     thresholds = thresholds_for(bits, levels, curve_of(x, relative))
-    read = torch.tensor(levels, dtype=torch.float64)[level_index(x, thresholds).int()].mean()
+    read = grade(x, thresholds, levels).double().mean()
     zeros = float((x == 0).double().mean())  # are never read
     reachable = min(bits, levels[0] * zeros + levels[-1] * (1 - zeros))
     assert float(read) == pytest.approx(reachable, abs=0.03)
@@ -70,20 +70,23 @@ def test_layers_of_one_model_read_the_bits_together():
     histograms = [Histogram(0.0) for _ in layers]
     for histogram, x in zip(histograms, layers, strict=True):
         histogram.add(x)
-    sizes = [1000, 3000, 2000]
+    sizes, units = [1000, 3000, 2000], [1.0, 2.0, 0.5]
     read = 0.0
-    for x, size, curve in zip(layers, sizes, common_curves(histograms, sizes), strict=True):
-        index = level_index(x, thresholds_for(3, ALL_LEVELS, curve))
-        read += size * float(2 * index.double().mean())
-        assert curve[0] == pytest.approx(float(x.abs().mean()), rel=1e-4)
+    for x, size, unit, curve in zip(
+        layers, sizes, units, common_curves(histograms, sizes, units), strict=True
+    ):
+        bits = grade(x, thresholds_for(3, ALL_LEVELS, curve), ALL_LEVELS)
+        read += size * float(bits.double().mean())
+        average = float(x.abs().mean())
+        assert curve[0] == pytest.approx(unit * average, rel=1e-4)
     assert read / sum(sizes) == pytest.approx(3, abs=0.03)
 
 
 def test_extremes():
     curve = curve_of(activations("normal"), 1.0)
     x = activations("normal", seed=1)
-    assert (level_index(x, thresholds_for(8, ALL_LEVELS, curve)) == 4).all()
-    assert (level_index(x, thresholds_for(2, (2, 4, 8), curve)) == 0).all()
+    assert (grade(x, thresholds_for(8, ALL_LEVELS, curve), ALL_LEVELS) == 8).all()
+    assert (grade(x, thresholds_for(2, (2, 4, 8), curve), (2, 4, 8)) == 2).all()
 
 
 def test_what_is_not_finite_or_all_zero_is_not_counted():

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_up_to_eight_rows_decode_and_more_are_dense(weight):
         rows = x.flatten()[: math.prod(shape)].view(shape)
         expected = ops.decode_linear(
             rows, weight.slices, weight.scales, weight.row_scale, weight.thresholds,
-            weight.gains, None, weight.levels,
+            weight.gains, None, None, weight.levels,
         )  # fmt: skip
         found = F.linear(rows, weight)
         assert found.shape == (*shape[:-1], 96)
@@ -88,6 +89,23 @@ def test_gradients_take_the_dense_path(weight):
             wanted = x if requires_grad == "x" else bias
             (expected,) = torch.autograd.grad(F.linear(x, dense, bias).square().sum(), wanted)
             torch.testing.assert_close(wanted.grad, expected)
+
+
+def test_between_forward_and_backward_there_is_no_dense_weight(weight, monkeypatch):
+    made = []
+    dequantize = GrinqhTensor.dequantize
+
+    def remember(self, *arguments):
+        dense = dequantize(self, *arguments)
+        made.append(weakref.ref(dense))
+        return dense
+
+    monkeypatch.setattr(GrinqhTensor, "dequantize", remember)
+    x = torch.randn(9, 40, requires_grad=True)
+    y = F.linear(x, weight, torch.randn(96))
+    assert [reference() for reference in made] == [None]
+    y.sum().backward()
+    assert len(made) == 2
 
 
 def test_no_gradient_wanted_under_no_grad(weight):
@@ -138,7 +156,7 @@ def test_from_hp_says_what_is_wrong():
 @pytest.mark.parametrize("levels", [(0, 2, 4), (2, 4), (4,), (0, 6)], ids=str)
 def test_stores_no_slice_above_the_highest_level(levels):
     weight = GrinqhTensor.from_hp(torch.randn(96, 40), bits=levels[-1], levels=levels)
-    assert weight.slices.shape[0] == levels[-1] // 2
+    assert weight.slices.shape[1] == levels[-1] // 2 * weight.shape[1]
     x = torch.randn(2, 40)
     with decode_every_row():
         torch.testing.assert_close(F.linear(x, weight), F.linear(x, weight.dequantize()))

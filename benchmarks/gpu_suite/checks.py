@@ -58,7 +58,7 @@ def correctness() -> dict[str, object]:
         weight = GrinqhTensor.from_hp(torch.randn(1000, 777, device=timing.DEVICE))
         found = weight.dequantize(dtype, level)
         truth = oracle.dequantize(
-            weight.slices, weight.scales, weight.row_scale, weight.gains, level, dtype
+            weight.slices, weight.scales, weight.row_scale, weight.gains, weight.low, level, dtype
         )
         cases += 1
         if not torch.allclose(found, truth, rtol=2 * torch.finfo(dtype).eps, atol=0):

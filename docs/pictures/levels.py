@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from grinqh_ao.grading import ALL_LEVELS, level_index, thresholds_for
+from grinqh_ao.grading import ALL_LEVELS, grade, thresholds_for
 
 CHANNELS, CELL, BAR, SLICE = 24, 22, 120, 20
 LEFT, TOP, GAP = 190, 56, 50
@@ -22,7 +22,7 @@ SHADES = ["#0b3c6f", "#2a6fb0", "#6aa5d8", "#abd0ee"]  # top bits darkest
 
 def panel(x: torch.Tensor, left: float, title: str) -> list[str]:
     thresholds = thresholds_for(BITS, ALL_LEVELS)
-    levels = [ALL_LEVELS[i] for i in level_index(x, thresholds).tolist()]
+    levels = grade(x, thresholds, ALL_LEVELS).tolist()
     limits = (thresholds[1] * x.abs().mean()).sqrt().tolist()
     x = x.abs().sqrt()
     tallest = float(x.max())

@@ -19,15 +19,16 @@ _library = torch.library.Library("grinqh", "DEF")
 
 _library.define(
     "decode_linear(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, Tensor thresholds, "
-    "Tensor gains, Tensor? bias, int[] levels) -> Tensor"
+    "Tensor gains, Tensor? bias, Tensor? low, int[] levels) -> Tensor"
 )
 _library.define(
     "decode_linears(Tensor x, Tensor[] slices, Tensor[] scales, Tensor[] row_scales, "
-    "Tensor[] thresholds, Tensor[] gains, Tensor?[] biases, int[] levels) -> Tensor[]"
+    "Tensor[] thresholds, Tensor[] gains, Tensor?[] biases, Tensor?[] lows, int[] levels) "
+    "-> Tensor[]"
 )
 _library.define(
-    "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, int level, "
-    "ScalarType dtype) -> Tensor"
+    "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, Tensor? low, "
+    "int level, ScalarType dtype) -> Tensor"
 )
 
 # The oracle is plain PyTorch: it serves every device that has no kernel of its own.
@@ -50,16 +51,19 @@ def _decode_linears_cuda(
     thresholds: Sequence[Tensor],
     gains: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    lows: Sequence[Tensor | None],
     levels: Sequence[int],
 ) -> list[Tensor]:
     if _has_triton():
         from grinqh_ao.ops.triton import decode
 
         if decode.supports(x, slices):
-            tensors = zip(slices, scales, row_scales, thresholds, gains, biases, strict=True)
+            tensors = zip(slices, scales, row_scales, thresholds, gains, biases, lows, strict=True)
             with torch.cuda.device(x.device):
                 return decode.decode_linears(x, [decode.Weight(*t) for t in tensors], levels)
-    return oracle.decode_linears(x, slices, scales, row_scales, thresholds, gains, biases, levels)
+    return oracle.decode_linears(
+        x, slices, scales, row_scales, thresholds, gains, biases, lows, levels
+    )
 
 
 def _decode_linear_cuda(
@@ -70,10 +74,11 @@ def _decode_linear_cuda(
     thresholds: Tensor,
     gains: Tensor,
     bias: Tensor | None,
+    low: Tensor | None,
     levels: Sequence[int],
 ) -> Tensor:
     return _decode_linears_cuda(
-        x, [slices], [scales], [row_scale], [thresholds], [gains], [bias], levels
+        x, [slices], [scales], [row_scale], [thresholds], [gains], [bias], [low], levels
     )[0]
 
 
@@ -82,15 +87,16 @@ def _dequantize_cuda(
     scales: Tensor,
     row_scale: Tensor,
     gains: Tensor,
+    low: Tensor | None,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
     if dtype == torch.float64 or not _has_triton():
-        return oracle.dequantize(slices, scales, row_scale, gains, level, dtype)
+        return oracle.dequantize(slices, scales, row_scale, gains, low, level, dtype)
     from grinqh_ao.ops.triton.dequantize import dequantize as kernel
 
     with torch.cuda.device(slices.device):
-        return kernel(slices, scales, row_scale, gains, level, dtype)
+        return kernel(slices, scales, row_scale, gains, low, level, dtype)
 
 
 _library.impl("decode_linear", _decode_linear_cuda, "CUDA")
@@ -107,6 +113,7 @@ def _(
     thresholds: Tensor,
     gains: Tensor,
     bias: Tensor | None,
+    low: Tensor | None,
     levels: Sequence[int],
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], row_scale.shape[0])
@@ -121,6 +128,7 @@ def _(
     thresholds: Sequence[Tensor],
     gains: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    lows: Sequence[Tensor | None],
     levels: Sequence[int],
 ) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], row_scale.shape[0]) for row_scale in row_scales]
@@ -132,10 +140,11 @@ def _(
     scales: Tensor,
     row_scale: Tensor,
     gains: Tensor,
+    low: Tensor | None,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return slices.new_empty(row_scale.shape[0], slices.shape[2], dtype=dtype)
+    return slices.new_empty(row_scale.shape[0], scales.shape[1], dtype=dtype)
 
 
 decode_linear: Callable[..., Tensor] = torch.ops.grinqh.decode_linear.default

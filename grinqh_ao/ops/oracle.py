@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
-from grinqh_ao.grading import level_index
-from grinqh_ao.slices import FIELDS_PER_WORD, tile_blocks, unpack
+from grinqh_ao.grading import grade
+from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, channels_of, tile_blocks, unpack
 
 
 def decode_linear(
@@ -24,6 +24,7 @@ def decode_linear(
     thresholds: Tensor,
     gains: Tensor,
     bias: Tensor | None,
+    low: Tensor | None,
     levels: Sequence[int],
 ) -> Tensor:
     """A few rows times a nested weight, each channel read at the level its activations ask for.
@@ -33,37 +34,37 @@ def decode_linear(
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64; kernels take 1 to 8 rows in all.
-        slices: int32 [S, tiles, K, tile / 16].
+        slices: int32 [tiles, lines, tile / 16], see :mod:`grinqh_ao.slices`.
         scales: uint8 [tiles, K, tile / 64], see :func:`grinqh_ao.codec.decode_scales`.
         row_scale: bfloat16 [N].
         thresholds: float32 [2, len(levels) - 1].
         gains: float32 [4].
         bias: [N] or None.
+        low: int32 [K] in compact storage, else None.
         levels: bits per weight of each level, ascending.
 
     Returns:
         [..., N] in the dtype of ``x``.
     """
-    _, tiles, k, _ = slices.shape
+    tiles, k, groups = scales.shape
     n = row_scale.shape[0]
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows = x.reshape(-1, k)
     if len(rows) == 0:
         return x.new_empty(*x.shape[:-1], n)
-    index = level_index(rows, thresholds).amax(0)
-    groups = scales.shape[2]
+    bits = grade(rows, thresholds, levels, low).amax(0)
     y = torch.zeros(len(rows), tiles, groups, SCALE_GROUP, dtype=dtype, device=x.device)
-    for i, level in enumerate(levels):
-        channels = (index == i).nonzero().squeeze(1)
+    for level in levels:
+        channels = (bits == level).nonzero().squeeze(1)
         if level == 0 or channels.numel() == 0:
             continue
         table = level_values(gains, level).to(dtype)
-        read = slices[: level // 2, :, channels]
+        read = channels_of(slices, level, k, channels, low)
         scale = decode_scales(scales[:, channels]).to(dtype)
         active = rows[:, channels].to(dtype)
-        for block in tile_blocks(read):
-            values = lookup(table, unpack(read[:, block]))  # [tiles, channels, tile]
-            values = values.unflatten(2, (-1, SCALE_GROUP))
+        for block in tile_blocks(tiles, len(channels) * groups * SCALE_GROUP):
+            values = lookup(table, unpack([lines[block] for lines in read]))
+            values = values.unflatten(2, (-1, SCALE_GROUP))  # [tiles, channels, groups, 64]
             y[:, block] += torch.einsum("rk,tkg,tkgn->rtgn", active, scale[block], values)
     out = y.flatten(1)[:, :n] * row_scale.to(dtype)
     if bias is not None:
@@ -79,13 +80,14 @@ def decode_linears(
     thresholds: Sequence[Tensor],
     gains: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    lows: Sequence[Tensor | None],
     levels: Sequence[int],
 ) -> list[Tensor]:
     """:func:`decode_linear` of several weights with the same levels; each grades x by itself."""
-    weights = zip(slices, scales, row_scales, thresholds, gains, biases, strict=True)
+    weights = zip(slices, scales, row_scales, thresholds, gains, biases, lows, strict=True)
     return [
-        decode_linear(x, codes, scale, row_scale, threshold, gain, bias, levels)
-        for codes, scale, row_scale, threshold, gain, bias in weights
+        decode_linear(x, codes, scale, row_scale, threshold, gain, bias, low, levels)
+        for codes, scale, row_scale, threshold, gain, bias, low in weights
     ]
 
 
@@ -94,6 +96,7 @@ def dequantize(
     scales: Tensor,
     row_scale: Tensor,
     gains: Tensor,
+    low: Tensor | None,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -101,20 +104,26 @@ def dequantize(
 
     Beside the result, it takes memory for a small block of it.
     """
-    _, _, k, words = slices.shape
-    tile = words * FIELDS_PER_WORD
+    tiles, k, _ = scales.shape
+    tile = slices.shape[2] * FIELDS_PER_WORD
     n = row_scale.shape[0]
     weight = torch.zeros(n, k, dtype=dtype, device=slices.device)
     if level == 0:
         return weight
-    table = level_values(gains, level).to(torch.promote_types(dtype, torch.float32))
-    for block in tile_blocks(slices):
-        codes = unpack(slices[: level // 2, block]).transpose(1, 2)  # [tiles, tile, K]
-        dense = lookup(table, codes).view(-1, SCALE_GROUP, k)
-        dense *= decode_scales(scales[block]).transpose(1, 2).reshape(-1, 1, k)
+    parts: list[tuple[Tensor | slice, int]] = [(slice(None), level)]
+    if low is not None and level > HIGH_LEVEL:
+        without, kept = (low < 0).nonzero().squeeze(1), (low >= 0).nonzero().squeeze(1)
+        parts = [(without, HIGH_LEVEL), (kept, level)]
+    dtype_of_values = torch.promote_types(dtype, torch.float32)
+    for block in tile_blocks(tiles, k * tile):
         rows = slice(block.start * tile, min(block.stop * tile, n))
-        dense = dense.view(-1, k)[: rows.stop - rows.start].mul_(row_scale[rows, None])
-        if dtype == torch.float16:  # rounding up must not turn its largest values into infinity
-            dense = dense.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
-        weight[rows] = dense
+        for channels, at in parts:
+            codes = unpack(channels_of(slices[block], at, k, channels, low)).transpose(1, 2)
+            scale = decode_scales(scales[block][:, channels]).transpose(1, 2)
+            dense = lookup(level_values(gains, at).to(dtype_of_values), codes)  # [tiles, tile, K']
+            dense.unflatten(1, (-1, SCALE_GROUP)).mul_(scale[:, :, None])
+            dense = dense.flatten(0, 1)[: rows.stop - rows.start].mul_(row_scale[rows, None])
+            if dtype == torch.float16:  # rounding up must not turn its largest into infinity
+                dense = dense.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
+            weight[rows][:, channels] = dense.to(dtype)
     return weight

@@ -41,10 +41,11 @@ DECODE = {
     "thresholds": ("*fp32",),
     "gains": ("*fp32",),
     "bias": ("*bf16",),
+    "low": ("*i32",),
     "out": ("*bf16",),
     "n": ("i32",),
     "tiles": ("i32",),
-    "slice_words": ("i32",),
+    "lines": ("i32",),
     "entries": "*i64",
     "multipliers": "*fp32",
     "warp_sums": "*fp32",
@@ -60,13 +61,14 @@ DEQUANTIZE = {
     "scales": "*u8",
     "row_scale": "*bf16",
     "gains": "*fp32",
+    "low": "*i32",
     "out": "*bf16",
     "n": "i32",
     "k": "i32",
-    "slice_stride": "i32",
+    "lines": "i32",
 }
 # By 16; of the rest Triton knows at run time that it can be divided.
-INDIVISIBLE = {"n", "tiles", "rows", "chunk", "capacity"}
+INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity"}
 
 
 class Job(NamedTuple):

@@ -11,6 +11,7 @@ import plain
 from grinqh_ao import GrinqhTensor
 from grinqh_ao.ops.triton.decode import Weight, launch
 from grinqh_ao.ops.triton.lists import SELECT
+from grinqh_ao.slices import drop_low
 
 LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
 # Of the largest output. Tensor cores take activations times scales in float16.
@@ -19,9 +20,9 @@ DTYPES = list(TOLERANCE)
 
 
 def decode_together(x, weights, biases, chunk=None):
-    counters = torch.zeros(sum(w.slices.shape[1] for w in weights), dtype=torch.int32)
+    counters = torch.zeros(sum(w.slices.shape[0] for w in weights), dtype=torch.int32)
     arguments = [
-        Weight(w.slices, w.scales, w.row_scale, w.thresholds, w.gains, bias)
+        Weight(w.slices, w.scales, w.row_scale, w.thresholds, w.gains, bias, w.low)
         for w, bias in zip(weights, biases, strict=True)
     ]
     chunk = chunk or x.shape[-1]
@@ -44,6 +45,11 @@ def assert_decoded(x, weight, bias=None, chunk=None):
     assert float((found.double() - expected).abs().max()) <= allowed
 
 
+def compact(weight: GrinqhTensor, share: float) -> GrinqhTensor:
+    weight.slices, weight.low = drop_low(weight.slices, torch.rand(weight.shape[1]) < share)
+    return weight
+
+
 def laplace(*shape: int) -> torch.Tensor:
     return torch.distributions.Laplace(0.0, 1.0).sample(shape)
 
@@ -64,6 +70,8 @@ def cases(draw):
     dense = torch.randn(n, k) * torch.rand(k)
     dense[:, draw(st.integers(0, k - 1))] = 0
     weight = GrinqhTensor.from_hp(dense, bits, levels)
+    if weight.can_be_compact and draw(st.booleans()):
+        compact(weight, draw(st.sampled_from([0.0, 0.1, 0.6])))
     if draw(st.booleans()):
         absolute(weight, *weight.thresholds[1].clamp(max=1e30))
     rows = draw(st.sampled_from([1, 1, 1, 2, 3, 5, 8]))
@@ -86,6 +94,17 @@ def test_every_tile_width_and_number_of_rows(n, rows):
     assert weight.tile == min(n, 512)
     assert_decoded(laplace(rows, 40), weight, chunk=25)
     assert_decoded(laplace(rows, 40).half(), weight, chunk=25)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("n", [64, 512])
+def test_compact_storage(n, rows):
+    """Channels without low slices are read at 4 bits however large their activations are."""
+    weight = compact(GrinqhTensor.from_hp(torch.randn(n, 40), bits=6), 0.4)
+    x = laplace(rows, 40)
+    assert set(plain.levels_of(x[0], weight)) >= {4, 8}
+    assert_decoded(x, weight, chunk=25)
+    assert_decoded(x.half(), weight, chunk=25)
 
 
 @pytest.mark.parametrize("n", [256, 512])
@@ -172,11 +191,14 @@ def test_truth_table_of_the_instruction_that_is_not_interpreted():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stored_compactly", [False, True])
 @pytest.mark.parametrize("sizes", [(500, 1000), (230, 250, 256), (40, 64)])
-def test_several_weights_in_one_launch(sizes, dtype):
+def test_several_weights_in_one_launch(sizes, stored_compactly, dtype):
     """Each with its own thresholds and number of outputs; a bias where there is one."""
     x = laplace(1, 60).to(dtype)
     weights = [GrinqhTensor.from_hp(torch.randn(size, 60), 1.0 + i) for i, size in enumerate(sizes)]
+    if stored_compactly:
+        weights = [compact(weight, 0.2 * i) for i, weight in enumerate(weights)]
     biases = [None, *(torch.randn(size).to(dtype) for size in sizes[1:])]
     found = decode_together(x, weights, biases, chunk=25)
     for y, weight, bias in zip(found, weights, biases, strict=True):

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from grinqh_ao import GrinqhTensor
 from grinqh_ao.ops import oracle
 from grinqh_ao.ops.triton.dequantize import dequantize
+from grinqh_ao.slices import drop_low
 
 
 @st.composite
@@ -19,16 +20,22 @@ def weights(draw) -> GrinqhTensor:
     weight = torch.randn(n, k)
     weight[:, draw(st.integers(0, k - 1))] = 0
     levels = draw(st.sampled_from([(0, 2, 4, 6, 8), (0, 2, 4), (2,)]))
-    return GrinqhTensor.from_hp(weight, bits=levels[-1], levels=levels)
+    nested = GrinqhTensor.from_hp(weight, bits=levels[-1], levels=levels)
+    if nested.can_be_compact and draw(st.booleans()):
+        nested.slices, nested.low = drop_low(nested.slices, torch.rand(k) < 0.3)
+    return nested
+
+
+def arguments_of(weight: GrinqhTensor) -> tuple:
+    return weight.slices, weight.scales, weight.row_scale, weight.gains, weight.low
 
 
 @settings(max_examples=12)
 @given(weights(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_equals_the_oracle(weight, dtype):
     for level in weight.levels:
-        arguments = (weight.slices, weight.scales, weight.row_scale, weight.gains, level)
-        expected = oracle.dequantize(*arguments, dtype)
-        found = dequantize(*arguments, dtype)
+        expected = oracle.dequantize(*arguments_of(weight), level, dtype)
+        found = dequantize(*arguments_of(weight), level, dtype)
         assert found.dtype == dtype
         # One unit in the last place: exp2 may round differently.
         torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps * 2, atol=0)
@@ -39,19 +46,18 @@ def test_wide_tiles():
     assert weight.tile == 128
     weight = GrinqhTensor.from_hp(torch.randn(1000, 70))
     assert weight.tile == 512
-    arguments = (weight.slices, weight.scales, weight.row_scale, weight.gains, 8, torch.float32)
+    arguments = (*arguments_of(weight), 8, torch.float32)
     torch.testing.assert_close(dequantize(*arguments), oracle.dequantize(*arguments))
 
 
 def test_largest_half_precision_weights_stay_finite():
     weight = GrinqhTensor.from_hp(torch.full((70, 9), 65504.0, dtype=torch.float16))
-    arguments = (weight.slices, weight.scales, weight.row_scale, weight.gains, 8)
-    assert torch.isfinite(dequantize(*arguments, torch.float16)).all()
+    assert torch.isfinite(dequantize(*arguments_of(weight), 8, torch.float16)).all()
 
 
 def test_arguments_need_not_be_contiguous():
     weight = GrinqhTensor.from_hp(torch.randn(100, 30))
-    slices = weight.slices.transpose(2, 3).contiguous().transpose(2, 3)
+    slices = weight.slices.transpose(1, 2).contiguous().transpose(1, 2)
     scales = weight.scales.transpose(1, 2).contiguous().transpose(1, 2)
-    arguments = (slices, scales, weight.row_scale, weight.gains, 8, torch.float32)
+    arguments = (slices, scales, weight.row_scale, weight.gains, None, 8, torch.float32)
     torch.testing.assert_close(dequantize(*arguments), oracle.dequantize(*arguments))

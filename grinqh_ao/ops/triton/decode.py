@@ -44,6 +44,7 @@ class Weight(NamedTuple):
     thresholds: Tensor
     gains: Tensor
     bias: Tensor | None
+    low: Tensor | None
 
 
 def supports(x: Tensor, slices: Sequence[Tensor]) -> bool:
@@ -51,9 +52,10 @@ def supports(x: Tensor, slices: Sequence[Tensor]) -> bool:
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and device_of(x.device.index)[0] >= LEAST_CAPABILITY
-        and all(0 < s.numel() < 2**30 for s in slices)  # offsets in bytes have 32 bits
-        and len({s.shape[3] for s in slices}) == 1
-        and sum(s.shape[1] for s in slices) <= MOST_TILES
+        and all(s.numel() > 0 for s in slices)
+        and all(s[0].numel() < 2**30 for s in slices)  # offsets in bytes have 32 bits
+        and len({s.shape[2] for s in slices}) == 1
+        and sum(s.shape[0] for s in slices) <= MOST_TILES
         and 1 <= x.numel() // x.shape[-1] <= MOST_ROWS
         and all(s.device == x.device for s in slices)
     )
@@ -62,8 +64,8 @@ def supports(x: Tensor, slices: Sequence[Tensor]) -> bool:
 def decode_linears(x: Tensor, weights: Sequence[Weight], levels: Sequence[int]) -> list[Tensor]:
     """See :func:`grinqh_ao.ops.oracle.decode_linears`. One launch."""
     capability, multiprocessors = device_of(x.device.index)
-    tiles = sum(weight.slices.shape[1] for weight in weights)
-    k, words = weights[0].slices.shape[2:]
+    tiles = sum(weight.slices.shape[0] for weight in weights)
+    k, words = x.shape[-1], weights[0].slices.shape[2]
     form = form_of(x, words)
     chunk = chunk_length(capability, multiprocessors, tiles, k, form, x.numel() // k)
     counters = arrivals(tiles, x.device)
@@ -84,7 +86,7 @@ def launch(
     interpret: bool,
 ) -> list[Tensor]:
     """Runs the kernel with chunks of a given length, on a device or in the interpreter."""
-    k, words = weights[0].slices.shape[2:]
+    k, words = x.shape[-1], weights[0].slices.shape[2]
     rows = x.numel() // k
     form = form_of(x, words)
     mma = form == "mma"
@@ -92,7 +94,7 @@ def launch(
     compiled_rows = triton.next_power_of_2(rows)
     if mma and compiled_rows == 2:
         compiled_rows = 4
-    tiles = tuple(weight.slices.shape[1] for weight in weights)
+    tiles = tuple(weight.slices.shape[0] for weight in weights)
     all_tiles, tile = sum(tiles), 16 * words
     splits = -(-k // chunk)
     programs = all_tiles * splits
@@ -129,10 +131,11 @@ def launch(
         of_each("thresholds"),
         of_each("gains"),
         biases,
+        None if weights[0].low is None else of_each("low"),
         out,
         n,
         tiles,
-        tuple(s.stride(0) for s in slices),
+        tuple(s.shape[1] for s in slices),
         *scratch,
         floats(splits * compiled_rows * all_tiles * tile),
         counters,

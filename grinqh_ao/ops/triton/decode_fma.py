@@ -132,16 +132,17 @@ def sum_channels(acc, r: tl.constexpr, ROWS: tl.constexpr):
 def decode_fma_kernel(
     x,  # [rows, k]
     # Of each weight, in tuples:
-    slices,  # int32 [S, tiles, k, WORDS]
+    slices,  # int32 [tiles, lines, WORDS]
     scales,  # uint8 [tiles, k, WORDS / 4]
     row_scale,  # bfloat16 [n]
     thresholds,  # float32 [2, len(LEVELS) - 1]
     gains,  # float32 [4]
     bias,  # [n]; or None, for all
+    low,  # int32 [k]; or None, for all
     out,  # [rows, n]
     n,
     tiles,
-    slice_words,  # words from one slice to the next
+    lines,  # of a tile
     # Of all:
     entries,  # int64 [programs, capacity, 1 + ROWS], see lists.py
     multipliers,  # float32 [programs, ROWS, capacity + 1, WORDS / 4]
@@ -164,8 +165,7 @@ def decode_fma_kernel(
     all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
     member, tile_of_weight = find(tile, tiles)
-    slice_words = pick(member, slice_words)
-    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * k * WORDS
+    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
@@ -181,8 +181,9 @@ def decode_fma_kernel(
     to_single = 2 * chunk + PADDING
     single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, pick(member, thresholds), pick(member, gains), entries, single_entries, first, last,
-        rows, k, slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
+        x, pick(member, thresholds), pick(member, gains),
+        None if low is None else pick(member, low), entries, single_entries, first, last, rows, k,
+        LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -206,7 +207,7 @@ def decode_fma_kernel(
 
     lane = tl.arange(0, STEP)[:, None]
     word = tl.arange(0, WORDS)[None, :]
-    lower_slices = slices + slice_words
+    lower_slices = slices + WORDS  # a pair's lines lie side by side
     acc = ()
     for _ in tl.static_range(16 * ROWS):
         acc = acc + (tl.zeros((STEP, WORDS), tl.float32),)

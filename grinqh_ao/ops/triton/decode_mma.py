@@ -134,16 +134,17 @@ def store_sums(
 def decode_mma_kernel(
     x,  # float16 or bfloat16 [rows, k]
     # Of each weight, in tuples:
-    slices,  # int32 [S, tiles, k, WORDS]
+    slices,  # int32 [tiles, lines, WORDS]
     scales,  # uint8 [tiles, k, WORDS / 4]
     row_scale,  # bfloat16 [n]
     thresholds,  # float32 [2, len(LEVELS) - 1]
     gains,  # float32 [4]
     bias,  # [n]; or None, for all
+    low,  # int32 [k]; or None, for all
     out,  # [rows, n]
     n,
     tiles,
-    slice_words,  # words from one slice to the next
+    lines,  # of a tile
     # Of all:
     entries,  # int64 [programs, capacity, 1 + ROWS], see lists.py
     warp_sums,  # float32 [programs, NUM_WARPS, ROWS, TILE]
@@ -166,8 +167,7 @@ def decode_mma_kernel(
     all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
     member, tile_of_weight = find(tile, tiles)
-    slice_words = pick(member, slice_words)
-    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * k * WORDS
+    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
     DEPTH: tl.constexpr = depth(ROWS, BLOCK)
     PAIRS: tl.constexpr = 8 * DEPTH * NUM_WARPS  # entries per step
@@ -185,8 +185,9 @@ def decode_mma_kernel(
     entries += program * capacity * ENTRY
     single_entries = entries + (2 * chunk + PADDING) * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, pick(member, thresholds), pick(member, gains), entries, single_entries, first, last,
-        rows, k, slice_words, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
+        x, pick(member, thresholds), pick(member, gains),
+        None if low is None else pick(member, low), entries, single_entries, first, last, rows, k,
+        LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -204,7 +205,7 @@ def decode_mma_kernel(
         group = 8 * (g // 4) * WORDS // 64
         row = g % 4
     upper_words = slices + g * V
-    lower_words = upper_words + slice_words
+    lower_words = upper_words + WORDS  # a pair's lines lie side by side
     scales = scales + group
 
     acc = ()

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grinqh_ao.codec import SCALE_GROUP
-from grinqh_ao.slices import FIELDS_PER_WORD
+from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_SLICES
 
 # Words of one slice per program: 64 channels of the widest tile, more of narrower ones.
 BLOCK_WORDS = 2048
@@ -21,19 +21,22 @@ NUM_WARPS = 4
 
 FIELDS = tl.constexpr(FIELDS_PER_WORD)
 GROUP = tl.constexpr(SCALE_GROUP)
+HIGH_LINES = tl.constexpr(HIGH_SLICES)
 
 
 @triton.jit
 def dequantize_kernel(
-    slices,  # int32 [S, tiles, K, words]
+    slices,  # int32 [tiles, lines, words]
     scales,  # uint8 [tiles, K, words / 4]
     row_scale,  # bfloat16 [N]
     gains,  # float32 [4]
+    low,  # int32 [K] in compact storage, else None
     out,  # [N, K]
     n,
     k,
-    slice_stride,  # elements from one slice to the next
-    SLICES: tl.constexpr,
+    lines,  # of a tile
+    STORED: tl.constexpr,  # slices of a code
+    SLICES: tl.constexpr,  # of them, to be read
     WORDS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -41,14 +44,30 @@ def dequantize_kernel(
     channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     word = tl.arange(0, WORDS)
     inside = channel < k
-    row = tile * k + channel  # of slices and scales
+    row = tile * k + channel  # of scales
+    HIGH: tl.constexpr = min(STORED, HIGH_LINES)
+    low_place = channel
+    if low is not None:
+        low_place = tl.load(low + channel, mask=inside, other=0)
+    has_low = low_place >= 0
 
     words = ()
     for s in tl.static_range(SLICES):
-        pointer = slices + s * slice_stride + row[:, None] * WORDS + word[None, :]
-        words = words + (tl.load(pointer, mask=inside[:, None], other=0),)
+        if s < HIGH:
+            line = channel * HIGH + s
+            mask = inside
+        else:
+            line = k * HIGH + low_place * (STORED - HIGH) + (s - HIGH)
+            mask = inside & has_low
+        pointer = slices + (tile * lines + line)[:, None] * WORDS + word[None, :]
+        words = words + (tl.load(pointer, mask=mask[:, None], other=0),)
 
     gain = tl.load(gains + SLICES - 1)
+    # What stands for the codes of slices that a channel does not have: their middle.
+    middle = 0.0
+    if low is not None and SLICES > HIGH:
+        gain = tl.where(has_low, gain, tl.load(gains + HIGH - 1))[:, None]
+        middle = tl.where(has_low, 0.0, (4 ** (SLICES - HIGH) - 1) / 2)[:, None]
     STEP: tl.constexpr = 2.0 / 4**SLICES
     LOWEST: tl.constexpr = 1.0 / 4**SLICES - 1.0
     GROUPS: tl.constexpr = FIELDS * WORDS // GROUP
@@ -62,7 +81,7 @@ def dequantize_kernel(
                 code = (code << 2) | ((words[s] >> (2 * field)) & 3)
             output = tile * (FIELDS * WORDS) + field * WORDS + word
             by_output = tl.load(row_scale + output, mask=output < n, other=0).to(tl.float32)
-            value = gain * (code.to(tl.float32) * STEP + LOWEST)
+            value = gain * ((code.to(tl.float32) + middle) * STEP + LOWEST)
             dense = value * scale[:, None] * by_output[None, :]
             if out.dtype.element_ty == tl.float16:  # rounding up must not give infinity
                 dense = tl.minimum(tl.maximum(dense, -65504.0), 65504.0)
@@ -77,11 +96,13 @@ def dequantize(
     scales: Tensor,
     row_scale: Tensor,
     gains: Tensor,
+    low: Tensor | None,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """See :func:`grinqh_ao.ops.oracle.dequantize`; float32, float16 and bfloat16 results."""
-    _, tiles, k, words = slices.shape
+    tiles, k, _ = scales.shape
+    lines, words = slices.shape[1:]
     n = row_scale.shape[0]
     if level == 0:
         return torch.zeros(n, k, dtype=dtype, device=slices.device)
@@ -93,10 +114,12 @@ def dequantize(
         scales,
         row_scale,
         gains.contiguous(),
+        low,
         out,
         n,
         k,
-        slices.stride(0),
+        lines,
+        STORED=lines // k if low is None else 4,
         SLICES=level // 2,
         WORDS=words,
         BLOCK_K=block_k,

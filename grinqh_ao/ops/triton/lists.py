@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grinqh_ao.slices import HIGH_SLICES
+
 # A scale code c stands for 2 ** ((c - 255) / 16), and 0 for 0: see codec.decode_scales.
 OCTAVE = tl.constexpr(1 / 16)
 TOP_OCTAVE = tl.constexpr(-255 / 16)
@@ -36,6 +38,17 @@ def has_pairs(levels):
 @triton.constexpr_function
 def has_singles(levels):
     return 2 in levels or 6 in levels
+
+
+@triton.constexpr_function
+def high_lines(levels):
+    """Lines of a channel among the high ones: see slices.py."""
+    return min(max(levels) // 2, HIGH_SLICES)
+
+
+@triton.constexpr_function
+def low_lines(levels):
+    return max(max(levels) // 2 - HIGH_SLICES, 0)
 
 
 @triton.jit
@@ -68,8 +81,9 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def place_of(channel, WORDS: tl.constexpr):
-    return channel.to(tl.int64) * (4 * WORDS + (WORDS // 4 << 32))
+def place_of(channel, line, WORDS: tl.constexpr):
+    """Where a channel's scales are << 32 | where a line is, both in bytes."""
+    return (channel.to(tl.int64) * (WORDS // 4) << 32) | (line.to(tl.int64) * (4 * WORDS))
 
 
 @triton.jit
@@ -99,15 +113,15 @@ def build_lists(
     x,  # [rows, k]
     thresholds,  # float32 [2, len(LEVELS) - 1]
     gains,  # float32 [4]
+    low,  # int32 [k] in compact storage, else None
     pair_entries,  # int64 [2 * chunk + PADDING, 1 + ROWS]
     single_entries,  # int64 [chunk + PADDING, 1 + ROWS]
     first,  # channels first .. last - 1
     last,
     rows,
     k,
-    slice_words,  # from one slice to the next
     LEVELS: tl.constexpr,
-    WORDS: tl.constexpr,  # of one channel, in one slice of one tile
+    WORDS: tl.constexpr,  # of a line
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # at least last - first
     MEAN_BLOCK: tl.constexpr,
@@ -142,6 +156,10 @@ def build_lists(
             mean = mean_magnitude(x + r * k, k, MEAN_BLOCK)
         wanted = slices_of(magnitude, thresholds, mean, LEVELS)
         slices = tl.maximum(slices, tl.where(mask, wanted, 0))
+    low_place = channel
+    if low is not None:
+        low_place = tl.load(low + channel, mask=inside, other=0)
+        slices = tl.where(low_place < 0, tl.minimum(slices, high_lines(LEVELS)), slices)
 
     # Zero has exponent -127 here; within these bounds no product overflows.
     exponent = TOP - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
@@ -156,8 +174,9 @@ def build_lists(
     num_pairs = total & 0xFFFF
     num_singles = total >> 16
 
-    at = place_of(channel, WORDS)
-    low_at = at + 8 * slice_words.to(tl.int64)  # two slices further down
+    at = place_of(channel, channel * high_lines(LEVELS), WORDS)
+    low_line = k * high_lines(LEVELS) + low_place * low_lines(LEVELS)
+    low_at = place_of(channel, low_line, WORDS)
     first_pair = pair_entries + (before & 0xFFFF) * ENTRY
     only_single = single_entries + (before >> 16) * ENTRY
     tl.store(first_pair, at, mask=pairs > 0)
@@ -172,7 +191,7 @@ def build_lists(
         tl.store(only_single + 1 + r, bits_of(value), mask=single > 0)
 
     padding = tl.arange(0, PADDING) * ENTRY
-    nowhere = place_of(0 * padding + first, WORDS)
+    nowhere = place_of(0 * padding + first, 0 * padding, WORDS)
     zero = tl.zeros((PADDING,), tl.int64)
     tl.store(pair_entries + num_pairs * ENTRY + padding, nowhere)
     tl.store(single_entries + num_singles * ENTRY + padding, nowhere)

@@ -1,0 +1,230 @@
+"""One pass over calibration data: what each layer sees, and how much its errors would matter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from grinqh_ao.codec import decode_scales
+from grinqh_ao.compact import ChannelUse
+from grinqh_ao.tails import Histogram
+from grinqh_ao.tensor import GrinqhTensor
+
+# The first positions of a text attract massive activations, and take the dense path as a prompt.
+FIRST_POSITIONS = 16
+
+Batch = Tensor | Mapping[str, Any]
+Layers = list[tuple[str, nn.Module, GrinqhTensor]]
+
+
+class Observer:
+    """What one weight sees: of layers with one weight, tied ones, all of them together.
+
+    Attributes:
+        histogram: of activations.
+        use: of single channels, where asked for.
+        cost: how much an error in units of the weight's scales costs, summed over tokens; see
+            :func:`_cost_of_errors`.
+        tokens: that ``cost`` was summed over.
+    """
+
+    def __init__(self, histogram: Histogram, use: ChannelUse | None = None) -> None:
+        self.histogram = histogram
+        self.use = use
+        self.cost = 0.0
+        self.tokens = 0
+
+    @property
+    def importance(self) -> float | None:
+        """Of its errors, per weight: a threshold should be inverse to its root. None if unknown."""
+        return self.cost / self.tokens if self.cost > 0 else None
+
+
+def observe(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layers: Layers,
+    observers: Mapping[GrinqhTensor, Observer],
+    gradients: bool,
+) -> None:
+    """Runs ``model`` over ``batches``, in the dense path, and lets observers see their layers.
+
+    Args:
+        gradients: also find out what errors cost, by a backward pass for each batch.
+
+    Raises:
+        TypeError: a batch is none.
+        ValueError: ``gradients``, and the model's output is neither logits nor has any.
+    """
+    positions = _Positions()
+    handles = []
+    for _, module, weight in layers:
+        before = functools.partial(positions.see, observers[weight])
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if gradients:
+            after = functools.partial(positions.follow, observers[weight], weight)
+            handles.append(module.register_forward_hook(after))
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    modes = _backward_pass(model) if gradients else torch.no_grad()
+    try:
+        # Hooks must run: no compiled graph.
+        with torch.compiler.set_stance("force_eager"), _evaluating(model), modes:
+            for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
+                check_batch(batch)
+                inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+                for key, value in inputs.items():
+                    inputs[key] = value.to(device) if isinstance(value, Tensor) else value
+                positions.start(inputs["input_ids"], inputs.get("attention_mask"))
+                output = model(**inputs)
+                if gradients:
+                    positions.surprise(_logits_of(output), generator).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_batch(batch: object, name: str = "data") -> None:
+    """Raises TypeError unless ``batch`` is token ids [B, S], or a mapping with such input_ids."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        what = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
+        raise TypeError(
+            f"{name} has a batch of {what}: expected token ids [B, S], or a mapping with input_ids"
+        )
+
+
+class _Positions:
+    """The positions of a batch that count; what several layers see at once is counted once."""
+
+    def __init__(self) -> None:
+        self._counted = Tensor()
+        self._padding = Tensor()
+        self._input: Tensor | None = None
+        self._before: tuple[Histogram, Tensor] | None = None
+
+    def start(self, input_ids: Tensor, mask: Tensor | None) -> None:
+        """A new batch; of its positions no padding counts, and not the first ones."""
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        if mask is not None and mask.shape == real.shape:
+            real = mask.bool()
+        self._padding = ~real
+        self._counted = real & (real.cumsum(1) > FIRST_POSITIONS)
+        self._input = None
+
+    def rows(self, x: Tensor, which: Tensor) -> Tensor:
+        """[tokens, K] of ``x`` at some positions."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        # Else a part of the positions, in an order of its own, as experts see them.
+        if len(rows) == which.numel():
+            rows = rows[which.flatten().to(x.device)]
+        return rows
+
+    def see(
+        self,
+        observer: Observer,
+        module: nn.Module,
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor],
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
+        x = args[0] if args else kwargs["input"]
+        if observer.use:
+            observer.use.add(self.rows(x, ~self._padding), self.rows(x, self._counted))
+        self._count(observer.histogram, x)
+        if x.requires_grad or not torch.is_grad_enabled():
+            return None
+        # The model's first layers: here gradients begin, or there would be none.
+        x = x.detach().requires_grad_()
+        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
+
+    def surprise(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """-log p of tokens drawn from the predictions, summed over positions but padding."""
+        rows = logits.flatten(0, -2)
+        if len(rows) == self._padding.numel():
+            rows = rows[~self._padding.flatten().to(rows.device)]
+        log_p = rows.float().log_softmax(-1)
+        with torch.no_grad():
+            drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
+        return -log_p.gather(1, drawn).sum()
+
+    def _count(self, histogram: Histogram, x: Tensor) -> None:
+        if x is self._input and self._before and histogram.add_from(*self._before):
+            return
+        self._input, self._before = x, (histogram, histogram.counts.clone())
+        histogram.add(self.rows(x, self._counted))
+
+    def follow(
+        self, observer: Observer, weight: GrinqhTensor, module: nn.Module, args: Any, y: Tensor
+    ) -> None:
+        counted = self._counted
+
+        def add(gradient: Tensor) -> None:
+            rows = self.rows(gradient, counted)
+            observer.cost += _cost_of_errors(rows, weight)
+            observer.tokens += len(rows)
+
+        if y.requires_grad:
+            y.register_hook(add)
+
+
+def _cost_of_errors(gradient: Tensor, weight: GrinqhTensor) -> float:
+    """What rounding errors of a weight's codes add to the KL divergence, up to a common factor.
+
+    With G the gradient of -log p(token) for tokens drawn from the model's own predictions, an
+    error e in a layer's outputs costs E (G e)^2 / 2 (the Fisher information), for errors that are
+    independent E sum_n G_n^2 e_n^2 / 2. The errors of an output are in proportion to its scales.
+
+    Args:
+        gradient: [tokens, N].
+        weight: [N, K].
+
+    Returns:
+        Summed over tokens, averaged over outputs.
+    """
+    n = len(weight.row_scale)
+    scales = decode_scales(weight.scales).square().mean(1)  # [tiles, groups]
+    per_output = scales.flatten().repeat_interleave(weight.tile // scales.shape[1])[:n]
+    variance = per_output * weight.row_scale.float().square()
+    return float((gradient.float().square() @ variance).double().sum()) / n
+
+
+def _logits_of(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise ValueError(
+            f"importance=True: the model returns {type(output).__name__}, expected logits or "
+            "something with logits; importance=False needs none"
+        )
+    return logits
+
+
+@contextlib.contextmanager
+def _backward_pass(model: nn.Module) -> Iterator[None]:
+    """Gradients of activations, but none of parameters."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
