@@ -1,20 +1,25 @@
 """What was tried to get more quality out of a bit. docs/quality.md says what came of it.
 
-    python benchmarks/frontier.py thresholds [--json FILE]
-    python benchmarks/frontier.py compensation [--json FILE]
+    python benchmarks/frontier.py thresholds|codes|storage|compensation [--json FILE]
 
-``thresholds``: how bits are shared out between tokens and layers. ``compensation``: how much of
-what reading few bits costs could be made good by other weights at all, as error feedback (GPTQ)
-tries: the share of the error of a layer's outputs that is linear in its inputs, on unseen tokens.
+``thresholds``: how bits are shared out between tokens and layers. ``codes``: numbers of the
+quantizer and of the ratios between thresholds. ``storage``: which channels keep low slices in
+compact storage. ``compensation``: how much of what reading few bits costs could be made good by
+other weights at all, as error feedback (GPTQ) tries: the share of the error of a layer's outputs
+that is linear in its inputs, on unseen tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from tabulate import tabulate
@@ -26,8 +31,12 @@ from grinqh_ao import (
     GrinqhConfig,
     all_but_head,
     calibrate,
+    calibration,
+    codec,
+    compact,
     demo,
     evaluate,
+    grading,
     reference,
     set_bits,
     token_batches,
@@ -42,27 +51,25 @@ SAMPLED_LAYERS = (1, 10, 20, 28)
 RIDGE = 1e-2
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("experiment", choices=["thresholds", "compensation"])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--model", help="as for the demo")
     parser.add_argument("--text", default="cpython-docs")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--calibration", default="fortunes")
     parser.add_argument("--calibration-tokens", type=int, default=4096)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv)
     model, tokenizer = demo.load(arguments.model)
     ids = demo.token_rows(tokenizer, texts.load(arguments.text), arguments.tokens)
     text = texts.load(arguments.calibration)
     batches = token_batches(text, tokenizer, arguments.calibration_tokens)
-    if arguments.experiment == "thresholds":
-        rows = thresholds(model, ids, batches)
-    else:
-        rows = compensation(model, ids, batches)
+    rows = EXPERIMENTS[arguments.experiment](model, ids, batches)
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4f"))
     if arguments.json:
-        report = {"machine": demo.describe_machine(), "arguments": sys.argv[1:], "rows": rows}
+        report = {"machine": demo.describe_machine(), "arguments": argv, "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -71,23 +78,27 @@ def thresholds(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dic
     quantize_(model, GrinqhConfig(), filter_fn=all_but_head)
     rows = []
 
+    def together(data: list[Tensor] = batches, **options: Any) -> Callable[[], None]:
+        return lambda: calibrate(model, data, **options)
+
     def each_layer(relative: float) -> Callable[[], None]:
         """Bits met in every layer by itself, not in all together."""
 
         def run() -> None:
             for layer in quantized_linears(model):
-                calibrate_layers(model, [layer], batches, relative=relative)
+                calibrate_layers(model, [layer], batches, relative=relative, importance=False)
 
         return run
 
     variants: dict[str, Callable[[], None]] = {
         "no calibration": lambda: None,
-        "common, relative 0": lambda: calibrate(model, batches, relative=0),
-        "common, relative 0.25": lambda: calibrate(model, batches, relative=0.25),
-        "common, relative 0.5": lambda: calibrate(model, batches, relative=0.5),
-        "common, relative 1": lambda: calibrate(model, batches, relative=1),
-        "each layer, relative 0": each_layer(0),
-        "each layer, relative 1": each_layer(1),
+        "each layer for itself, static": each_layer(0),
+        "each layer for itself, relative": each_layer(1),
+        "together": together(importance=False),
+        "by importance": together(),
+        "by importance, 512 tokens": together(batches[:1]),
+        "by importance, static": together(relative=0),
+        "by importance, half relative": together(relative=0.5),
     }
     for name, prepare in variants.items():
         prepare()
@@ -107,6 +118,67 @@ def thresholds(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dic
                 }
             )
             print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def codes(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dict]:
+    full = reference(model, ids)
+    ratios = grading._RELATIVE_ERROR
+    variants: dict[str, list[tuple[Any, str, Any]]] = {
+        "as built": [],
+        "errors weigh 3, 8, 20, 100": [(codec, "_ERROR_WEIGHT", {2: 3, 4: 8, 6: 20, 8: 100})],
+        "errors weigh 1, 16, 40, 200": [(codec, "_ERROR_WEIGHT", {2: 1, 4: 16, 6: 40, 8: 200})],
+        "gain of level 2: .80": [(codec, "_GAINS", (0.80, 0.985, 1.0, 1.0))],
+        "gain of level 2: .90": [(codec, "_GAINS", (0.90, 0.985, 1.0, 1.0))],
+        "a scale 1.16 times the largest too": [(codec, "_SCALE_FACTORS", (1.0, 1.08, 1.16))],
+        "thresholds for D(2) = .10": [(grading, "_RELATIVE_ERROR", ratios | {2: 0.10})],
+        "thresholds for D(2) = .20": [(grading, "_RELATIVE_ERROR", ratios | {2: 0.20})],
+        "thresholds for D(4) = .02": [(grading, "_RELATIVE_ERROR", ratios | {4: 0.02})],
+    }
+    rows = []
+    for name, changes in variants.items():
+        with ExitStack() as changed:
+            for module, attribute, value in changes:
+                changed.enter_context(mock.patch.object(module, attribute, value))
+            codec._nearest_codes.cache_clear()
+            quantized = copy.deepcopy(model)
+            quantize_(quantized, GrinqhConfig(calibration=batches), filter_fn=all_but_head)
+            found = evaluate(quantized, full)
+        row = {"variant": name, "bits read": found.read.total.bits, "KL": found.kl}
+        rows.append(row | {"median": found.kl_median})
+        print(*rows[-1].values(), flush=True)
+    codec._nearest_codes.cache_clear()
+    return rows
+
+
+class MostOften(compact.ChannelUse):
+    """Of the channels, those that are most often read above 4 bits, but the loudest 1% first."""
+
+    def __init__(self, channels: int, bits: float) -> None:
+        super().__init__(channels, bits)
+        self._energy = torch.zeros(channels, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        self._energy += x.double().square().sum(0)
+        self._cost += (x.abs() > self._threshold * x.abs().mean(1, keepdim=True)).sum(0)
+
+    def kept(self, stored_bits: float) -> Tensor:
+        self._cost[self._energy.topk(-(-len(self._cost) // 100)).indices] = torch.inf
+        return super().kept(stored_bits)
+
+
+def storage(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dict]:
+    full = reference(model, ids)
+    rows = []
+    for name, rule in {"cost": compact.ChannelUse, "most often": MostOften}.items():
+        with mock.patch.object(calibration, "ChannelUse", rule):
+            quantized = copy.deepcopy(model)
+            config = GrinqhConfig(calibration=batches, stored_bits=4.4)
+            quantize_(quantized, config, filter_fn=all_but_head)
+        found, prompt = evaluate(quantized, full), evaluate(quantized, full, decode_rule=False)
+        row = {"kept by": name, "bits read": found.read.total.bits, "KL": found.kl}
+        rows.append(row | {"median": found.kl_median, "KL in the dense path": prompt.kl})
+        print(*rows[-1].values(), flush=True)
     return rows
 
 
@@ -162,6 +234,13 @@ def lost(nested: GrinqhTensor, dense: Tensor, x: Tensor) -> Tensor:
     """[tokens, N]: the full-precision product minus what decoding reads of it."""
     return x @ dense.t() - nested._decode_rows(x, None)
 
+
+EXPERIMENTS = {
+    "thresholds": thresholds,
+    "codes": codes,
+    "storage": storage,
+    "compensation": compensation,
+}
 
 if __name__ == "__main__":
     main()

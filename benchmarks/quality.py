@@ -13,6 +13,7 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from grinqh_ao import (
 )
 
 BITS = (4.5, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0)
+# Compact storage: the smallest size at all bits, the others at three.
+STORED_BITS = (4.4, 5.0, 6.0)
 PROMPT = 16
 HEAD_BITS = (3.0, 4.0, 6.0, 8.0)
 
@@ -123,25 +126,27 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def grinqh(model: nn.Module, batches: list, bits: list[float], table: Table) -> None:
-    body = copy.deepcopy(model)
+    body, seconds = quantized(model)
+    prefill("GRINQH", body, seconds, table)
+    at_bits("GRINQH", body, bits, seconds, table)
     started = time.perf_counter()
-    quantize_(body, GrinqhConfig(), filter_fn=all_but_head)
-    seconds = time.perf_counter() - started
-    stored = 8 * sum(m.weight.stored_bytes for m in _quantized(body)) / summary(body).weights
-    row = Row("GRINQH, dense path (prefill)", "prefill", stored=stored, seconds=seconds)
-    table.add(body, row, decode_rule=False)
-    for family in ("GRINQH", "GRINQH, calibrated"):
-        if family != "GRINQH":
-            started = time.perf_counter()
-            calibrate(body, batches)
-            seconds = time.perf_counter() - started
-        for asked in bits:
-            set_bits(body, asked)
-            table.add(body, Row(f"{family}, {asked:g}", family, seconds=seconds))
+    calibrate(body, batches)
+    seconds += time.perf_counter() - started
+    at_bits("GRINQH, calibrated", body, bits, seconds, table)
     set_bits(body, 3)
     prompt = table.full.input_ids.shape[1] // 2
     row = Row(f"GRINQH, calibrated, 3, after a dense prompt of {prompt}", "long prompt")
     table.add(body, row, prompt=prompt)
+
+    for stored in STORED_BITS:
+        body, seconds = quantized(model)
+        started = time.perf_counter()
+        calibrate(body, batches, stored_bits=stored)
+        seconds += time.perf_counter() - started
+        family = f"GRINQH, {stored:g} stored"
+        prefill(family, body, seconds, table)
+        possible = [asked for asked in bits if asked <= stored]
+        at_bits(family, body, possible if stored == STORED_BITS[0] else [3.0], seconds, table)
     del body
 
     head = copy.deepcopy(model)
@@ -152,8 +157,26 @@ def grinqh(model: nn.Module, batches: list, bits: list[float], table: Table) -> 
         table.add(head, Row(f"output head alone, {asked:g}", "head"))
 
 
-def _quantized(model: nn.Module) -> list[nn.Linear]:
-    return [m for n, m in model.named_modules() if all_but_head(m, n)]
+def quantized(model: nn.Module) -> tuple[nn.Module, float]:
+    body = copy.deepcopy(model)
+    started = time.perf_counter()
+    quantize_(body, GrinqhConfig(), filter_fn=all_but_head)
+    return body, time.perf_counter() - started
+
+
+def prefill(family: str, body: nn.Module, seconds: float, table: Table) -> None:
+    weights = [m.weight for n, m in body.named_modules() if all_but_head(m, n)]
+    stored = 8 * sum(weight.stored_bytes for weight in weights) / summary(body).weights
+    row = Row(f"{family}, dense path (prefill)", "prefill", stored=stored, seconds=seconds)
+    table.add(body, row, decode_rule=False)
+
+
+def at_bits(
+    family: str, body: nn.Module, bits: Sequence[float], seconds: float, table: Table
+) -> None:
+    for asked in bits:
+        set_bits(body, asked)
+        table.add(body, Row(f"{family}, {asked:g}", family, seconds=seconds))
 
 
 def others(model: nn.Module, batches: list, only: list[str] | None, table: Table) -> None:

@@ -6,8 +6,6 @@ size falls from 8 bits to little over 4.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,9 +13,6 @@ from grinqh_ao.grading import ALL_LEVELS, thresholds_for
 from grinqh_ao.slices import HIGH_LEVEL
 
 FULL_LEVEL = ALL_LEVELS[-1]
-# Of the channels, those with the largest mean square over all positions, the first ones included:
-# massive activations are few, but a prompt breaks without their low slices.
-_LOUDEST = 0.01
 
 
 def check_stored_bits(stored_bits: object) -> None:
@@ -31,7 +26,7 @@ def check_stored_bits(stored_bits: object) -> None:
 
 
 class ChannelUse:
-    """How the channels of one layer are used.
+    """What it would cost not to have the low slices of each channel of a layer.
 
     Args:
         bits: the average that is to be read.
@@ -41,27 +36,25 @@ class ChannelUse:
         above = [level > HIGH_LEVEL for level in ALL_LEVELS[1:]].index(True)
         # By the formula, in units of the token's mean |x|: near enough to put channels in order.
         self._threshold = thresholds_for(bits, ALL_LEVELS)[1, above].item()
-        self._energy = torch.zeros(channels, dtype=torch.float64)
-        self._asked = torch.zeros(channels, dtype=torch.float64)
+        self._cost = torch.zeros(channels, dtype=torch.float64)
 
-    def add(self, everything: Tensor, counted: Tensor) -> None:
-        """Activations [tokens, K]: of all positions, and of those that decoding is like."""
-        self._energy += everything.float().square().sum(0).double().cpu()
-        magnitude = counted.float().abs()
-        above = magnitude > self._threshold * magnitude.mean(1, keepdim=True)
-        self._asked += above.sum(0).cpu()
+    def add(self, x: Tensor) -> None:
+        """Activations [tokens, K], of first positions too.
+
+        Massive activations draw errors to them: a prompt breaks without their low slices.
+        """
+        magnitude = x.abs().float()
+        asks = magnitude > self._threshold * magnitude.mean(1, keepdim=True)
+        cost = torch.where(asks, magnitude, 0).square().double().sum(0)
+        self._cost += cost.nan_to_num(0.0, 0.0, 0.0).cpu()
 
     def kept(self, stored_bits: float) -> Tensor:
         """bool [K], on the CPU: the channels to keep at 8 bits where ``stored_bits`` are stored.
 
-        Those with the largest mean square, then those that are most often read above 4 bits.
+        Errors of level 4 are in proportion to x; so those whose sum of x^2 over the tokens that
+        would read more than 4 bits of them is the largest.
         """
-        k = len(self._energy)
         share = (stored_bits - HIGH_LEVEL) / (FULL_LEVEL - HIGH_LEVEL)
-        number = max(1, round(share * k))
-        loudest = self._energy.topk(min(number, math.ceil(k * _LOUDEST))).indices
-        rank = self._asked.clone()
-        rank[loudest] = torch.inf
-        kept = torch.zeros(k, dtype=torch.bool)
-        kept[rank.topk(number).indices] = True
+        kept = torch.zeros(len(self._cost), dtype=torch.bool)
+        kept[self._cost.topk(max(1, round(share * len(kept)))).indices] = True
         return kept

@@ -11,6 +11,7 @@ compact storage has kept no more of it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -124,6 +125,7 @@ def _weights_and_tails(curve: Tensor | None) -> tuple[float, float, Tail, Tail |
     return absolute, relative, *tails_of(curve)
 
 
+@functools.lru_cache(maxsize=256)  # all layers of a model ask for the same
 def _lowest_threshold(
     bits: float, levels: tuple[int, ...], tail: Tail, low_tail: Tail | None
 ) -> float:

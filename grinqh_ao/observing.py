@@ -135,7 +135,7 @@ class _Positions:
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
         x = args[0] if args else kwargs["input"]
         if observer.use:
-            observer.use.add(self.rows(x, ~self._padding), self.rows(x, self._counted))
+            observer.use.add(self.rows(x, ~self._padding))
         self._count(observer.histogram, x)
         if x.requires_grad or not torch.is_grad_enabled():
             return None

@@ -13,6 +13,7 @@ with low slices: what is read of levels above 4.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -38,9 +39,17 @@ def laplace(threshold: float) -> float:
 
 
 def tails_of(curve: Tensor) -> tuple[Tail, Tail | None]:
-    """A curve's tails: of all channels, and of those with low slices if storage is compact."""
-    shares, low_shares = curve[2 : 2 + POINTS].tolist(), curve[2 + POINTS :].tolist()
-    return measured(shares), measured(low_shares, low_shares[0]) if low_shares else None
+    """A curve's tails: of all channels, and of those with low slices if storage is compact.
+
+    The same functions for equal shares: the layers of a model have theirs in common.
+    """
+    return _tails_of(tuple(curve[2:].tolist()))
+
+
+@functools.lru_cache(maxsize=32)
+def _tails_of(shares: tuple[float, ...]) -> tuple[Tail, Tail | None]:
+    every, low = shares[:POINTS], shares[POINTS:]
+    return measured(every), measured(low, low[0]) if low else None
 
 
 def measured(shares: Sequence[float], everything: float = 1.0) -> Tail:

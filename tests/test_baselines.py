@@ -111,6 +111,13 @@ def test_the_benchmark_and_its_picture(tmp_path, capsys):
     assert "RTN intx 3" not in rows
     assert "| GRINQH, calibrated, 4 " in capsys.readouterr().out
 
+    import frontier
+
+    options = f"--model {tmp_path} --text {text} --calibration {text} --tokens 100 --json {report}2"
+    for experiment, name in (("codes", "as built"), ("storage", "most often")):
+        frontier.main([experiment, *options.split()])
+        assert name in capsys.readouterr().out
+
     pytest.importorskip("matplotlib")
     import plot_quality
 

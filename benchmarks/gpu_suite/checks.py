@@ -13,6 +13,7 @@ from torchao.quantization import quantize_
 from gpu_suite import timing
 from grinqh_ao import GrinqhConfig, GrinqhTensor, fuse_projections, set_bits
 from grinqh_ao.ops import oracle
+from grinqh_ao.slices import drop_low
 
 # Of the largest output.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
@@ -27,8 +28,13 @@ def laplace(*shape: int) -> torch.Tensor:
 def expected(x: torch.Tensor, weight: GrinqhTensor, bias: torch.Tensor | None) -> torch.Tensor:
     return oracle.decode_linear(
         x.double(), weight.slices, weight.scales, weight.row_scale, weight.thresholds,
-        weight.gains, None if bias is None else bias.double(), weight.levels,
+        weight.gains, None if bias is None else bias.double(), weight.low, weight.levels,
     )  # fmt: skip
+
+
+def store_compactly(weight: GrinqhTensor) -> None:
+    kept = torch.rand(weight.shape[1], device=timing.DEVICE) < 0.2
+    weight.slices, weight.low = drop_low(weight.slices, kept)
 
 
 @torch.no_grad()
@@ -41,6 +47,8 @@ def correctness() -> dict[str, object]:
         if rows == 5:  # calibrated thresholds are absolute
             weight.thresholds[0] = weight.thresholds[1]
             weight.thresholds[1] = 0
+        if rows in (1, 8) and bits == 3:
+            store_compactly(weight)
         for dtype, limit in TOLERANCE.items():
             x = laplace(rows, k).to(dtype)
             bias = torch.randn(n, device=timing.DEVICE, dtype=dtype) if rows != 2 else None
@@ -54,15 +62,18 @@ def correctness() -> dict[str, object]:
             if error > limit or not same:
                 wrong.append({"n": n, "k": k, "rows": rows, "bits": bits, "dtype": str(dtype),
                               "error": error, "same bits twice": same})  # fmt: skip
-    for level, dtype in itertools.product((2, 4, 6, 8), TOLERANCE):
+    stored_compactly = (False, True)
+    for level, dtype, compact in itertools.product((2, 4, 6, 8), TOLERANCE, stored_compactly):
         weight = GrinqhTensor.from_hp(torch.randn(1000, 777, device=timing.DEVICE))
+        if compact:
+            store_compactly(weight)
         found = weight.dequantize(dtype, level)
         truth = oracle.dequantize(
             weight.slices, weight.scales, weight.row_scale, weight.gains, weight.low, level, dtype
         )
         cases += 1
         if not torch.allclose(found, truth, rtol=2 * torch.finfo(dtype).eps, atol=0):
-            wrong.append({"dequantize": level, "dtype": str(dtype)})
+            wrong.append({"dequantize": level, "dtype": str(dtype), "compact": compact})
     print(f"{cases} cases, {len(wrong)} wrong; largest errors {worst}")
     for case in wrong[:10]:
         print("  wrong:", case)

@@ -84,7 +84,13 @@ class Job(NamedTuple):
 
 
 def decode_job(
-    form: str, rows: int, words: int, capability: int, block: int = 1024, mean_block: int = 4096
+    form: str,
+    rows: int,
+    words: int,
+    capability: int,
+    block: int = 1024,
+    mean_block: int = 4096,
+    compact: bool = False,
 ) -> Job:
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
@@ -96,7 +102,7 @@ def decode_job(
         "MEAN_BLOCK": mean_block,
         "SPLITS_AT_ONCE": 8192 // (16 * words),
         "INTERPRET": False,
-    }
+    } | ({} if compact else {"low": None})
     if form == "mma":
         depth = configurations.depth(rows, block)
         entries = (8 * depth, 16 * depth)
@@ -109,7 +115,8 @@ def decode_job(
         "singles": entries[1] * 16 * words / 32,
     }
     return Job(
-        f"decode, {form}, rows {rows}, tile {16 * words}, chunks of {block}",
+        f"decode, {form}, rows {rows}, tile {16 * words}, chunks of {block}"
+        + (", compact" if compact else ""),
         kernel,
         {name: (DECODE | floats)[name] for name in kernel.arg_names if name in DECODE},
         constants,
@@ -120,11 +127,16 @@ def decode_job(
     )
 
 
-def dequantize_job(slices: int, words: int, capability: int) -> Job:
-    constants = {"SLICES": slices, "WORDS": words, "BLOCK_K": dequantize.BLOCK_WORDS // words}
+def dequantize_job(slices: int, words: int, capability: int, compact: bool = False) -> Job:
+    constants: dict[str, Any] = {
+        "STORED": slices,
+        "SLICES": slices,
+        "WORDS": words,
+        "BLOCK_K": dequantize.BLOCK_WORDS // words,
+    } | ({} if compact else {"low": None})
     work = {"all": 16 * dequantize.BLOCK_WORDS / (32 * dequantize.NUM_WARPS)}
     return Job(
-        f"dequantize, {slices} slices, tile {16 * words}",
+        f"dequantize, {slices} slices, tile {16 * words}" + (", compact" if compact else ""),
         dequantize.dequantize_kernel,
         DEQUANTIZE,
         constants,
@@ -155,6 +167,9 @@ def jobs() -> list[Job]:
             decode_job("mma", 8, 32, capability),
             decode_job("fma", 8, 32, capability),
             decode_job("fma", 1, 4, capability),
+            decode_job("mma", 1, 32, capability, compact=True),
+            decode_job("fma", 1, 32, capability, compact=True),
+            dequantize_job(4, 32, capability, compact=True),
             dequantize_job(2, 4, capability),
         )
     ]
