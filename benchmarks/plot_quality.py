@@ -1,8 +1,8 @@
-"""Quality per bit, from what quality.py wrote: one picture per file given.
+"""Quality per bit, from what quality.py wrote; several files of one text make one picture.
 
-    python benchmarks/plot_quality.py benchmarks/results/quality-debian-handbook.json [...]
+    python benchmarks/plot_quality.py benchmarks/results/quality-debian-handbook*.json
 
-writes docs/pictures/NAME.svg and .png.
+writes docs/pictures/NAME.svg and .png, by the name of the first file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 STYLES = {
     "GRINQH": ("#0072B2", "o", "--"),
     "GRINQH, calibrated": ("#D55E00", "o", "-"),
+    "GRINQH, compact": ("#56B4E9", "o", "-"),
     "AWQ": ("#009E73", "^", ""),
     "GPTQ, act-order": ("#CC79A7", "D", ""),
     "GPTQ": ("#CC79A7", "s", ""),
@@ -33,6 +34,8 @@ STYLES = {
 
 def family(row: dict) -> str | None:
     if row["family"] != "others":
+        if row["family"].endswith("stored"):
+            return "GRINQH, compact"
         return row["family"] if row["family"].startswith("GRINQH") else None
     name = row["what"]
     if re.match(r"Q\d_", name):
@@ -45,33 +48,33 @@ def family(row: dict) -> str | None:
 def main(argv: list[str] | None = None, to: Path = PICTURES) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+")
-    for file in parser.parse_args(argv).files:
-        report = json.loads(file.read_text())
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-        for axis, quantity in zip(axes, ("with_scales", "stored"), strict=True):
-            draw(axis, report, quantity)
-        axes[0].set_xlabel("bits read per weight and token, scales included")
-        axes[1].set_xlabel("bits stored per weight, scales included")
-        axes[0].set_ylabel("mean KL to full precision, nats per token")
-        axes[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.06))
-        axes[1].annotate(
-            "GRINQH: one stored model,\nread at 2 to 4 bits", (8.05, 0.6), ha="right", fontsize=8
-        )
-        for suffix in ("svg", "png"):
-            figure.savefig(to / f"{file.stem}.{suffix}", dpi=130)
-        plt.close(figure)
+    files = sorted(parser.parse_args(argv).files)
+    every_row = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    for axis, quantity in zip(axes, ("with_scales", "stored"), strict=True):
+        draw(axis, every_row, quantity)
+    axes[0].set_xlabel("bits read per weight and token, scales included")
+    axes[1].set_xlabel("bits stored per weight, scales included")
+    axes[0].set_ylabel("mean KL to full precision, nats per token")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.06))
+    axes[1].annotate(
+        "GRINQH: one stored model,\nread at 2 to 4 bits", (8.05, 0.6), ha="right", fontsize=8
+    )
+    for suffix in ("svg", "png"):
+        figure.savefig(to / f"{files[0].stem}.{suffix}", dpi=130)
+    plt.close(figure)
 
 
-def draw(axis, report: dict, quantity: str) -> None:
+def draw(axis, every_row: list[dict], quantity: str) -> None:
     for name, (colour, marker, line) in STYLES.items():
-        rows = [row for row in report["rows"] if family(row) == name and row[quantity]]
+        rows = [row for row in every_row if family(row) == name and row[quantity]]
         points = sorted((row[quantity], row["kl"]) for row in rows if row["kl"] < 3)
         if points:
             axis.plot(
                 *zip(*points, strict=True), color=colour, marker=marker, label=name, markersize=6,
                 linestyle=line if quantity == "with_scales" else "",
             )  # fmt: skip
-    noise = next(row["kl"] for row in report["rows"] if row["what"].startswith("bfloat16"))
+    noise = next(row["kl"] for row in every_row if row["what"].startswith("bfloat16"))
     axis.axhline(noise, color="#777777", linewidth=0.8, linestyle=":")
     axis.annotate("bfloat16", (axis.get_xlim()[0], noise), fontsize=8, va="bottom")
     axis.set_yscale("log")

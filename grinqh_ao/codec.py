@@ -152,6 +152,23 @@ def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
     return Quantized(codes, scale_codes, row_scale.bfloat16())
 
 
+def sensitivity(scale_codes: Tensor, row_scale: Tensor) -> Tensor:
+    """bfloat16 [K]: what a rounding error in each input channel weighs, its rms over channels 1.
+
+    Rounding errors are in proportion to scales; so it is the root mean square of row_scale * scale.
+
+    Args:
+        scale_codes: uint8 [groups, K], see :func:`decode_scales`.
+        row_scale: bfloat16 [N].
+    """
+    # In units of the largest, so that squares neither overflow nor vanish.
+    rows = row_scale.double()
+    rows = rows * _reciprocal(rows.amax())
+    rows = torch.nn.functional.pad(rows, (0, -len(rows) % SCALE_GROUP)).view(-1, SCALE_GROUP)
+    energy = rows.square().sum(1) @ decode_scales(scale_codes).double().square()
+    return (energy * _reciprocal(energy.mean())).sqrt().bfloat16()
+
+
 def _row_scales(weight: Tensor, rows: int) -> Tensor:
     """float32 [N] holding bfloat16 values: row rms over its mean, times a power of two that puts
     every group's largest magnitude, times the largest scale factor, at or below 1."""

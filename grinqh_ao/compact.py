@@ -39,7 +39,7 @@ class ChannelUse:
         self._cost = torch.zeros(channels, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        """Activations [tokens, K], of first positions too.
+        """Activations times sensitivity [tokens, K], of first positions too.
 
         Massive activations draw errors to them: a prompt breaks without their low slices.
         """
@@ -51,8 +51,8 @@ class ChannelUse:
     def kept(self, stored_bits: float) -> Tensor:
         """bool [K], on the CPU: the channels to keep at 8 bits where ``stored_bits`` are stored.
 
-        Errors of level 4 are in proportion to x; so those whose sum of x^2 over the tokens that
-        would read more than 4 bits of them is the largest.
+        Errors at level 4 cost in proportion to a magnitude's square; so those with the largest sum
+        of that over the tokens that would read more than 4 bits of them.
         """
         share = (stored_bits - HIGH_LEVEL) / (FULL_LEVEL - HIGH_LEVEL)
         kept = torch.zeros(len(self._cost), dtype=torch.bool)

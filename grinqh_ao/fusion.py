@@ -142,6 +142,7 @@ class _Group:
             [weight.slices for weight in weights],
             [weight.scales for weight in weights],
             [weight.row_scale for weight in weights],
+            [weight.sensitivity for weight in weights],
             [weight.thresholds for weight in weights],
             [weight.gains for weight in weights],
             [None if m.bias is None else m.bias.to(x.dtype) for m in self.members],

@@ -1,12 +1,16 @@
-"""|x| -> level, and the thresholds that make the levels read ``bits`` bits on average.
+"""Activations -> levels, and the thresholds that make the levels read ``bits`` bits on average.
 
-A layer's thresholds are a float32 tensor [2, J] for J + 1 levels: the thresholds of a token are
+What an error in channel k costs is in proportion to the square of its *magnitude*
 
-    thresholds[0] + thresholds[1] * mean(|x|)
+    m_k = sensitivity[k] * |x_k|
 
-the first row absolute, the second relative to the token's own magnitude; mostly one is zero.
-Channel k is read at the level with index #{j : |x_k| > threshold_j}, but at 4 bits at most where
-compact storage has kept no more of it.
+and a layer's thresholds are a float32 tensor [2, J] for J + 1 levels: those of a token are
+
+    thresholds[0] + thresholds[1] * mean(m)
+
+the first row absolute, the second relative to the token's own mean. Channel k is read at the level
+with index #{j : m_k > threshold_j}, but at 4 bits at most where compact storage has kept no more
+of it.
 """
 
 from __future__ import annotations
@@ -139,7 +143,11 @@ def _lowest_threshold(
 
 
 def grade(
-    x: Tensor, thresholds: Tensor, levels: Sequence[int], low: Tensor | None = None
+    x: Tensor,
+    sensitivity: Tensor,
+    thresholds: Tensor,
+    levels: Sequence[int],
+    low: Tensor | None = None,
 ) -> Tensor:
     """The level of every channel; graded in float32, whatever the dtype of ``x``.
 
@@ -148,6 +156,7 @@ def grade(
 
     Args:
         x: [..., K]; each row of K is graded against its own thresholds.
+        sensitivity: bfloat16 [K].
         thresholds: float32 [2, J].
         levels: J + 1, ascending.
         low: int32 [K] in compact storage: channels where it is negative have no low slices.
@@ -155,7 +164,7 @@ def grade(
     Returns:
         uint8 [..., K], bits.
     """
-    magnitude = x.abs().float()
+    magnitude = x.abs().float() * sensitivity.float()
     absolute, relative = thresholds
     row = absolute + relative * magnitude.mean(dim=-1, keepdim=True)  # [..., J]
     row = row.clamp(max=_FLOAT32_MAX)

@@ -87,7 +87,9 @@ class _Counter:
             levels=weight.levels,
             shape=(weight.shape[0], weight.shape[1]),
             padded_outputs=weight.slices.shape[0] * weight.tile,
-            bytes_per_call=weight.row_scale.nbytes + weight.thresholds.nbytes,
+            bytes_per_call=weight.row_scale.nbytes
+            + weight.sensitivity.nbytes
+            + weight.thresholds.nbytes,
             stored_bytes=weight.stored_bytes,
             storage=weight.slices.data_ptr(),
             is_head=weight.min_bits > 0,

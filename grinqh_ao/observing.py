@@ -65,7 +65,7 @@ def observe(
     positions = _Positions()
     handles = []
     for _, module, weight in layers:
-        before = functools.partial(positions.see, observers[weight])
+        before = functools.partial(positions.see, observers[weight], weight)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if gradients:
             after = functools.partial(positions.follow, observers[weight], weight)
@@ -101,13 +101,11 @@ def check_batch(batch: object, name: str = "data") -> None:
 
 
 class _Positions:
-    """The positions of a batch that count; what several layers see at once is counted once."""
+    """The positions of a batch, and which of them count."""
 
     def __init__(self) -> None:
         self._counted = Tensor()
         self._padding = Tensor()
-        self._input: Tensor | None = None
-        self._before: tuple[Histogram, Tensor] | None = None
 
     def start(self, input_ids: Tensor, mask: Tensor | None) -> None:
         """A new batch; of its positions no padding counts, and not the first ones."""
@@ -116,7 +114,6 @@ class _Positions:
             real = mask.bool()
         self._padding = ~real
         self._counted = real & (real.cumsum(1) > FIRST_POSITIONS)
-        self._input = None
 
     def rows(self, x: Tensor, which: Tensor) -> Tensor:
         """[tokens, K] of ``x`` at some positions."""
@@ -129,14 +126,16 @@ class _Positions:
     def see(
         self,
         observer: Observer,
+        weight: GrinqhTensor,
         module: nn.Module,
         args: tuple[Tensor, ...],
         kwargs: dict[str, Tensor],
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
         x = args[0] if args else kwargs["input"]
+        weighs = weight.sensitivity.float()
         if observer.use:
-            observer.use.add(self.rows(x, ~self._padding))
-        self._count(observer.histogram, x)
+            observer.use.add(self.rows(x, ~self._padding).float() * weighs)
+        observer.histogram.add(self.rows(x, self._counted).float() * weighs)
         if x.requires_grad or not torch.is_grad_enabled():
             return None
         # The model's first layers: here gradients begin, or there would be none.
@@ -152,12 +151,6 @@ class _Positions:
         with torch.no_grad():
             drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
         return -log_p.gather(1, drawn).sum()
-
-    def _count(self, histogram: Histogram, x: Tensor) -> None:
-        if x is self._input and self._before and histogram.add_from(*self._before):
-            return
-        self._input, self._before = x, (histogram, histogram.counts.clone())
-        histogram.add(self.rows(x, self._counted))
 
     def follow(
         self, observer: Observer, weight: GrinqhTensor, module: nn.Module, args: Any, y: Tensor

@@ -2,13 +2,13 @@
 
 A calibrated layer keeps a *curve*, float32 [2 + POINTS]: two weights (a, r), then the share of
 
-    u_k = |x_k| / (a + r * mean|x|)
+    u_k = m_k / (a + r * mean m)
 
-above 2**(LOWEST + i / PER_OCTAVE), for i from 0 to POINTS - 1, in all layers taken together. With
-r zero and a the layer's own average of |x|, thresholds on u are thresholds on |x| itself; with
-(0, 1) they are relative to each token's mean. From the curve follow the thresholds for any ``bits``
-and any level set. In compact storage a second list of POINTS shares counts only what is in channels
-with low slices: what is read of levels above 4.
+above 2**(LOWEST + i / PER_OCTAVE), for i from 0 to POINTS - 1, in all layers taken together, with
+the magnitudes m of :mod:`.grading`. With r zero and a the layer's own average of m, thresholds on
+u are thresholds on m itself; with (0, 1) they are relative to each token's mean. From the curve
+follow the thresholds for any ``bits`` and any level set. In compact storage a second list of POINTS
+shares counts only what is in channels with low slices: what is read of levels above 4.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Histogram:
     """Counts of u in one layer, in the bins between a curve's points.
 
     Args:
-        relative: how much the token's own mean |x| counts in u, 0 to 1; the rest is the layer's
+        relative: how much the token's own mean counts in u, 0 to 1; the rest is the layer's
             average, of what it sees first.
         kept: bool [K], on the CPU: in compact storage, the channels with low slices; else None.
     """
@@ -91,7 +91,7 @@ class Histogram:
         self.counts = torch.zeros(1 if kept is None else 2, POINTS + 1, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
-        """Counts activations [tokens, K], but not of tokens that are not finite or all zero."""
+        """Counts magnitudes [tokens, K], but not of tokens that are not finite or all zero."""
         mean = torch.cat([_mean_magnitude(block) for block in _blocks(x)])
         usable = mean.isfinite() & (mean > 0)
         x, mean = x[usable], mean[usable]
@@ -108,17 +108,6 @@ class Histogram:
             if self.kept is not None:
                 bins = bins[:, self.kept.to(bins.device)]
                 self.counts[1] += torch.bincount(bins.flatten(), minlength=POINTS + 1).cpu()
-
-    def add_from(self, other: Histogram, before: Tensor) -> bool:
-        """Adds what ``other`` counted since its counts were ``before``; False if it cannot."""
-        same_kept = self.kept is other.kept or (
-            self.kept is not None and other.kept is not None and self.kept.equal(other.kept)
-        )
-        if not same_kept or self.average not in (None, other.average):
-            return False
-        self.average = other.average
-        self.counts += other.counts - before
-        return True
 
     @property
     def empty(self) -> bool:

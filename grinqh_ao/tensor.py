@@ -20,6 +20,7 @@ from grinqh_ao.codec import (
     level_values,
     lookup,
     quantize,
+    sensitivity,
 )
 from grinqh_ao.decode_rule import decoded_together, first_decoded_row
 from grinqh_ao.grading import (
@@ -58,6 +59,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         slices: int32 [tiles, lines, tile / 16], the codes cut into 2-bit slices (:mod:`.slices`).
         scales: uint8 [tiles, K, tile / 64], logarithmic scales of 64 outputs of one channel.
         row_scale: bfloat16 [N].
+        sensitivity: bfloat16 [K], what rounding errors in each channel weigh.
         thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
         gains: float32 [4], of levels 2, 4, 6 and 8 (see :mod:`.codec`).
         curve: float32 [387] where calibrated, else None (see :mod:`.tails`).
@@ -69,13 +71,14 @@ class GrinqhTensor(TorchAOBaseTensor):
         dtype: the dtype the tensor presents itself with; the codes know none.
     """
 
-    tensor_data_names = ["slices", "scales", "row_scale", "thresholds", "gains"]
+    tensor_data_names = ["slices", "scales", "row_scale", "sensitivity", "thresholds", "gains"]
     tensor_attribute_names = ["levels", "min_bits", "dtype"]
     optional_tensor_data_names = ["curve", "low"]
 
     slices: Tensor
     scales: Tensor
     row_scale: Tensor
+    sensitivity: Tensor
     thresholds: Tensor
     gains: Tensor
     curve: Tensor | None
@@ -88,6 +91,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         slices: Tensor,
         scales: Tensor,
         row_scale: Tensor,
+        sensitivity: Tensor,
         thresholds: Tensor,
         gains: Tensor,
         levels: tuple[int, ...],
@@ -106,6 +110,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         slices: Tensor,
         scales: Tensor,
         row_scale: Tensor,
+        sensitivity: Tensor,
         thresholds: Tensor,
         gains: Tensor,
         levels: tuple[int, ...],
@@ -118,6 +123,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         self.slices = slices
         self.scales = scales
         self.row_scale = row_scale
+        self.sensitivity = sensitivity
         self.thresholds = thresholds
         self.gains = gains
         self.levels = tuple(levels)
@@ -161,11 +167,12 @@ class GrinqhTensor(TorchAOBaseTensor):
         codes, scale_codes, row_scale = quantize(weight, max_level=levels[-1])
         codes >>= 8 - levels[-1]
         tiles, groups = -(-n // tile), tile // SCALE_GROUP
-        scale_codes = F.pad(scale_codes, (0, 0, 0, tiles * groups - scale_codes.shape[0]))
+        padded = F.pad(scale_codes, (0, 0, 0, tiles * groups - scale_codes.shape[0]))
         return cls(
             pack(codes, levels[-1] // 2, tile),
-            scale_codes.view(tiles, groups, k).transpose(1, 2).contiguous(),
+            padded.view(tiles, groups, k).transpose(1, 2).contiguous(),
             row_scale,
+            sensitivity(scale_codes, row_scale),
             thresholds.to(weight.device),
             default_gains(weight.device),
             levels,
@@ -269,6 +276,7 @@ class GrinqhTensor(TorchAOBaseTensor):
                 self.slices,
                 self.scales,
                 self.row_scale,
+                self.sensitivity,
                 self.thresholds,
                 self.gains,
                 bias,
@@ -319,7 +327,7 @@ class GrinqhTensor(TorchAOBaseTensor):
 
     def grade(self, x: Tensor) -> Tensor:
         """uint8 [..., K]: the level that each channel of ``x`` [..., K] is read at."""
-        return grade(x, self.thresholds, self.levels, self.low)
+        return grade(x, self.sensitivity, self.thresholds, self.levels, self.low)
 
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""
@@ -409,6 +417,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
         move(weight.slices),
         move(weight.scales),
         move(weight.row_scale),
+        move(weight.sensitivity),
         move(weight.thresholds),
         move(weight.gains),
         weight.levels,

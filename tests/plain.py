@@ -37,7 +37,7 @@ def dense_at(weight: GrinqhTensor, level: int) -> Tensor:
 
 def levels_of(x: Tensor, weight: GrinqhTensor) -> list[int]:
     """The level of every channel of one row x [K]."""
-    magnitude = x.abs().float()
+    magnitude = x.abs().float() * weight.sensitivity.float()
     absolute, relative = weight.thresholds
     thresholds = (absolute + relative * magnitude.mean()).tolist()
     levels = [weight.levels[sum(m > t for t in thresholds)] for m in magnitude.tolist()]

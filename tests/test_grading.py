@@ -19,6 +19,7 @@ from grinqh_ao.grading import (
     thresholds_for,
 )
 
+EVEN = torch.ones(1)  # all channels weigh the same
 LEVEL_SETS = [
     levels
     for size in range(1, 6)
@@ -36,7 +37,7 @@ def levels_and_bits(draw):
 
 
 def bits_read(x: torch.Tensor, thresholds: torch.Tensor, levels) -> float:
-    return float(grade(x, thresholds, levels).double().mean())
+    return float(grade(x, EVEN, thresholds, levels).double().mean())
 
 
 @given(levels_and_bits())
@@ -52,7 +53,7 @@ def test_the_scale_of_a_token_does_not_matter(case, scale):
     levels, bits = case
     x = torch.distributions.Laplace(0.0, 1.0).sample((3, 500))
     thresholds = thresholds_for(bits, levels)
-    changed = grade(x, thresholds, levels) != grade(x * scale, thresholds, levels)
+    changed = grade(x, EVEN, thresholds, levels) != grade(x * scale, EVEN, thresholds, levels)
     assert changed.float().mean() < 0.01  # only what rounds across a threshold
 
 
@@ -84,34 +85,36 @@ def test_what_is_not_finite_is_read_in_full():
         thresholds = thresholds_for(bits, ALL_LEVELS)
         for value in (math.nan, math.inf, -math.inf):
             x = torch.tensor([0.1, value, 3.0])
-            assert grade(x, thresholds, ALL_LEVELS)[1] == 8
+            assert grade(x, EVEN, thresholds, ALL_LEVELS)[1] == 8
 
 
 def test_zeros_are_not_read():
     for bits in (0.5, 3, 8):
         x = torch.tensor([0.0, -0.0, 1.0])
-        assert grade(x, thresholds_for(bits, ALL_LEVELS), ALL_LEVELS).tolist()[:2] == [0, 0]
-        assert not grade(torch.zeros(5), thresholds_for(bits, ALL_LEVELS), ALL_LEVELS).any()
+        assert grade(x, EVEN, thresholds_for(bits, ALL_LEVELS), ALL_LEVELS).tolist()[:2] == [0, 0]
+        assert not grade(torch.zeros(5), EVEN, thresholds_for(bits, ALL_LEVELS), ALL_LEVELS).any()
 
 
 def test_absolute_thresholds_and_ties():
     thresholds = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
     x = torch.tensor([0.5, -1.0, 1.5, 2.5, -3.5, 4.0, 4.5])
-    assert grade(x, thresholds, ALL_LEVELS).tolist() == [0, 0, 2, 4, 6, 6, 8]
+    assert grade(x, EVEN, thresholds, ALL_LEVELS).tolist() == [0, 0, 2, 4, 6, 6, 8]
 
 
 def test_rows_are_graded_on_their_own():
     x = torch.stack([torch.randn(64), 1000 * torch.randn(64)])
     thresholds = thresholds_for(3, ALL_LEVELS)
-    rows = torch.stack([grade(row, thresholds, ALL_LEVELS) for row in x])
-    assert torch.equal(grade(x, thresholds, ALL_LEVELS), rows)
+    rows = torch.stack([grade(row, EVEN, thresholds, ALL_LEVELS) for row in x])
+    assert torch.equal(grade(x, EVEN, thresholds, ALL_LEVELS), rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_graded_in_float32_whatever_the_dtype(dtype):
     x = torch.randn(1000).to(dtype)
     thresholds = thresholds_for(3, ALL_LEVELS)
-    assert torch.equal(grade(x, thresholds, ALL_LEVELS), grade(x.float(), thresholds, ALL_LEVELS))
+    assert torch.equal(
+        grade(x, EVEN, thresholds, ALL_LEVELS), grade(x.float(), EVEN, thresholds, ALL_LEVELS)
+    )
 
 
 @pytest.mark.parametrize(

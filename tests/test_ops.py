@@ -18,6 +18,7 @@ def arguments(weight: GrinqhTensor, bias: torch.Tensor | None = None) -> tuple:
         weight.slices,
         weight.scales,
         weight.row_scale,
+        weight.sensitivity,
         weight.thresholds,
         weight.gains,
         bias,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from grinqh_ao.grading import ALL_LEVELS, bits_of, grade, thresholds_for
 from grinqh_ao.tails import CURVE_LENGTH, Histogram, check_curve, common_curves, laplace, measured
 
+EVEN = torch.ones(1)  # all channels weigh the same
 LEVEL_SETS = [levels for size in range(2, 6) for levels in itertools.combinations(ALL_LEVELS, size)]
 
 
@@ -41,7 +42,7 @@ def test_bits_solved_are_bits_read(kind, levels, relative, share):
     x = activations(kind)
     bits = levels[0] + share * (levels[-1] - levels[0])
     thresholds = thresholds_for(bits, levels, curve_of(x, relative))
-    read = grade(x, thresholds, levels).double().mean()
+    read = grade(x, EVEN, thresholds, levels).double().mean()
     zeros = float((x == 0).double().mean())  # are never read
     reachable = min(bits, levels[0] * zeros + levels[-1] * (1 - zeros))
     assert float(read) == pytest.approx(reachable, abs=0.03)
@@ -75,7 +76,7 @@ def test_layers_of_one_model_read_the_bits_together():
     for x, size, unit, curve in zip(
         layers, sizes, units, common_curves(histograms, sizes, units), strict=True
     ):
-        bits = grade(x, thresholds_for(3, ALL_LEVELS, curve), ALL_LEVELS)
+        bits = grade(x, EVEN, thresholds_for(3, ALL_LEVELS, curve), ALL_LEVELS)
         read += size * float(bits.double().mean())
         average = float(x.abs().mean())
         assert curve[0] == pytest.approx(unit * average, rel=1e-4)
@@ -85,8 +86,8 @@ def test_layers_of_one_model_read_the_bits_together():
 def test_extremes():
     curve = curve_of(activations("normal"), 1.0)
     x = activations("normal", seed=1)
-    assert (grade(x, thresholds_for(8, ALL_LEVELS, curve), ALL_LEVELS) == 8).all()
-    assert (grade(x, thresholds_for(2, (2, 4, 8), curve), (2, 4, 8)) == 2).all()
+    assert (grade(x, EVEN, thresholds_for(8, ALL_LEVELS, curve), ALL_LEVELS) == 8).all()
+    assert (grade(x, EVEN, thresholds_for(2, (2, 4, 8), curve), (2, 4, 8)) == 2).all()
 
 
 def test_what_is_not_finite_or_all_zero_is_not_counted():

@@ -27,8 +27,9 @@ def laplace(*shape: int) -> torch.Tensor:
 
 def expected(x: torch.Tensor, weight: GrinqhTensor, bias: torch.Tensor | None) -> torch.Tensor:
     return oracle.decode_linear(
-        x.double(), weight.slices, weight.scales, weight.row_scale, weight.thresholds,
-        weight.gains, None if bias is None else bias.double(), weight.low, weight.levels,
+        x.double(), weight.slices, weight.scales, weight.row_scale, weight.sensitivity,
+        weight.thresholds, weight.gains, None if bias is None else bias.double(), weight.low,
+        weight.levels,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ SHADES = ["#0b3c6f", "#2a6fb0", "#6aa5d8", "#abd0ee"]  # top bits darkest
 
 def panel(x: torch.Tensor, left: float, title: str) -> list[str]:
     thresholds = thresholds_for(BITS, ALL_LEVELS)
-    levels = grade(x, thresholds, ALL_LEVELS).tolist()
+    levels = grade(x, torch.ones(1), thresholds, ALL_LEVELS).tolist()
     limits = (thresholds[1] * x.abs().mean()).sqrt().tolist()
     x = x.abs().sqrt()
     tallest = float(x.max())

@@ -18,13 +18,13 @@ from grinqh_ao.ops import oracle
 _library = torch.library.Library("grinqh", "DEF")
 
 _library.define(
-    "decode_linear(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, Tensor thresholds, "
-    "Tensor gains, Tensor? bias, Tensor? low, int[] levels) -> Tensor"
+    "decode_linear(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, Tensor sensitivity, "
+    "Tensor thresholds, Tensor gains, Tensor? bias, Tensor? low, int[] levels) -> Tensor"
 )
 _library.define(
     "decode_linears(Tensor x, Tensor[] slices, Tensor[] scales, Tensor[] row_scales, "
-    "Tensor[] thresholds, Tensor[] gains, Tensor?[] biases, Tensor?[] lows, int[] levels) "
-    "-> Tensor[]"
+    "Tensor[] sensitivities, Tensor[] thresholds, Tensor[] gains, Tensor?[] biases, "
+    "Tensor?[] lows, int[] levels) -> Tensor[]"
 )
 _library.define(
     "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, Tensor? low, "
@@ -48,6 +48,7 @@ def _decode_linears_cuda(
     slices: Sequence[Tensor],
     scales: Sequence[Tensor],
     row_scales: Sequence[Tensor],
+    sensitivities: Sequence[Tensor],
     thresholds: Sequence[Tensor],
     gains: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -58,11 +59,14 @@ def _decode_linears_cuda(
         from grinqh_ao.ops.triton import decode
 
         if decode.supports(x, slices):
-            tensors = zip(slices, scales, row_scales, thresholds, gains, biases, lows, strict=True)
+            tensors = zip(
+                slices, scales, row_scales, sensitivities, thresholds, gains, biases, lows,
+                strict=True,
+            )  # fmt: skip
             with torch.cuda.device(x.device):
                 return decode.decode_linears(x, [decode.Weight(*t) for t in tensors], levels)
     return oracle.decode_linears(
-        x, slices, scales, row_scales, thresholds, gains, biases, lows, levels
+        x, slices, scales, row_scales, sensitivities, thresholds, gains, biases, lows, levels
     )
 
 
@@ -71,6 +75,7 @@ def _decode_linear_cuda(
     slices: Tensor,
     scales: Tensor,
     row_scale: Tensor,
+    sensitivity: Tensor,
     thresholds: Tensor,
     gains: Tensor,
     bias: Tensor | None,
@@ -78,7 +83,16 @@ def _decode_linear_cuda(
     levels: Sequence[int],
 ) -> Tensor:
     return _decode_linears_cuda(
-        x, [slices], [scales], [row_scale], [thresholds], [gains], [bias], [low], levels
+        x,
+        [slices],
+        [scales],
+        [row_scale],
+        [sensitivity],
+        [thresholds],
+        [gains],
+        [bias],
+        [low],
+        levels,
     )[0]
 
 
@@ -110,6 +124,7 @@ def _(
     slices: Tensor,
     scales: Tensor,
     row_scale: Tensor,
+    sensitivity: Tensor,
     thresholds: Tensor,
     gains: Tensor,
     bias: Tensor | None,
@@ -125,6 +140,7 @@ def _(
     slices: Sequence[Tensor],
     scales: Sequence[Tensor],
     row_scales: Sequence[Tensor],
+    sensitivities: Sequence[Tensor],
     thresholds: Sequence[Tensor],
     gains: Sequence[Tensor],
     biases: Sequence[Tensor | None],

@@ -21,6 +21,7 @@ def decode_linear(
     slices: Tensor,
     scales: Tensor,
     row_scale: Tensor,
+    sensitivity: Tensor,
     thresholds: Tensor,
     gains: Tensor,
     bias: Tensor | None,
@@ -37,6 +38,7 @@ def decode_linear(
         slices: int32 [tiles, lines, tile / 16], see :mod:`grinqh_ao.slices`.
         scales: uint8 [tiles, K, tile / 64], see :func:`grinqh_ao.codec.decode_scales`.
         row_scale: bfloat16 [N].
+        sensitivity: bfloat16 [K], see :func:`grinqh_ao.grading.grade`.
         thresholds: float32 [2, len(levels) - 1].
         gains: float32 [4].
         bias: [N] or None.
@@ -52,7 +54,7 @@ def decode_linear(
     rows = x.reshape(-1, k)
     if len(rows) == 0:
         return x.new_empty(*x.shape[:-1], n)
-    bits = grade(rows, thresholds, levels, low).amax(0)
+    bits = grade(rows, sensitivity, thresholds, levels, low).amax(0)
     y = torch.zeros(len(rows), tiles, groups, SCALE_GROUP, dtype=dtype, device=x.device)
     for level in levels:
         channels = (bits == level).nonzero().squeeze(1)
@@ -77,6 +79,7 @@ def decode_linears(
     slices: Sequence[Tensor],
     scales: Sequence[Tensor],
     row_scales: Sequence[Tensor],
+    sensitivities: Sequence[Tensor],
     thresholds: Sequence[Tensor],
     gains: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -84,11 +87,10 @@ def decode_linears(
     levels: Sequence[int],
 ) -> list[Tensor]:
     """:func:`decode_linear` of several weights with the same levels; each grades x by itself."""
-    weights = zip(slices, scales, row_scales, thresholds, gains, biases, lows, strict=True)
-    return [
-        decode_linear(x, codes, scale, row_scale, threshold, gain, bias, low, levels)
-        for codes, scale, row_scale, threshold, gain, bias, low in weights
-    ]
+    weights = zip(
+        slices, scales, row_scales, sensitivities, thresholds, gains, biases, lows, strict=True
+    )
+    return [decode_linear(x, *weight, levels) for weight in weights]
 
 
 def dequantize(

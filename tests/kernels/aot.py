@@ -38,6 +38,7 @@ DECODE = {
     "slices": ("*i32",),
     "scales": ("*u8",),
     "row_scale": ("*bf16",),
+    "sensitivity": ("*bf16",),
     "thresholds": ("*fp32",),
     "gains": ("*fp32",),
     "bias": ("*bf16",),

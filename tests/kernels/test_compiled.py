@@ -111,14 +111,18 @@ def test_subnormal_codes_are_not_flushed(decoders):
 
 
 # Registers and instructions per weight, by version of Triton; docs/kernel.md has the newest's.
+# Compact storage takes some more.
 DEQUANTIZE_LIMITS = {"3.6": (200, 32), "3.7": (128, 21)}
+DEQUANTIZE_COMPACT_LIMITS = {"3.6": (224, 34), "3.7": (160, 21.5)}
 
 
 @KNOWN
 def test_dequantize(reports):
-    registers, instructions = DEQUANTIZE_LIMITS[VERSION]
     for report in reports:
         if report["form"].startswith("dequantize"):
+            compact = report["form"].endswith("compact")
+            limits = DEQUANTIZE_COMPACT_LIMITS if compact else DEQUANTIZE_LIMITS
+            registers, instructions = limits[VERSION]
             assert report["registers"] <= registers, report
             assert report["all"]["instructions"] / report["work"]["all"] < instructions, report
             assert report["all"]["loads_128_bit"] > 0, report

@@ -22,7 +22,7 @@ DTYPES = list(TOLERANCE)
 def decode_together(x, weights, biases, chunk=None):
     counters = torch.zeros(sum(w.slices.shape[0] for w in weights), dtype=torch.int32)
     arguments = [
-        Weight(w.slices, w.scales, w.row_scale, w.thresholds, w.gains, bias, w.low)
+        Weight(w.slices, w.scales, w.row_scale, w.sensitivity, w.thresholds, w.gains, bias, w.low)
         for w, bias in zip(weights, biases, strict=True)
     ]
     chunk = chunk or x.shape[-1]
@@ -55,7 +55,8 @@ def laplace(*shape: int) -> torch.Tensor:
 
 
 def absolute(weight: GrinqhTensor, *thresholds: float) -> GrinqhTensor:
-    """Calibrated thresholds are absolute."""
+    """Calibrated thresholds are absolute; here all channels weigh the same."""
+    weight.sensitivity.fill_(1)
     weight.thresholds[0] = torch.tensor(thresholds)
     weight.thresholds[1] = 0
     return weight

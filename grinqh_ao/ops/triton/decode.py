@@ -41,6 +41,7 @@ class Weight(NamedTuple):
     slices: Tensor
     scales: Tensor
     row_scale: Tensor
+    sensitivity: Tensor
     thresholds: Tensor
     gains: Tensor
     bias: Tensor | None
@@ -128,6 +129,7 @@ def launch(
         slices,
         of_each("scales"),
         row_scales,
+        of_each("sensitivity"),
         of_each("thresholds"),
         of_each("gains"),
         biases,

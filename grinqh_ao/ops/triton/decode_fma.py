@@ -135,6 +135,7 @@ def decode_fma_kernel(
     slices,  # int32 [tiles, lines, WORDS]
     scales,  # uint8 [tiles, k, WORDS / 4]
     row_scale,  # bfloat16 [n]
+    sensitivity,  # bfloat16 [k]
     thresholds,  # float32 [2, len(LEVELS) - 1]
     gains,  # float32 [4]
     bias,  # [n]; or None, for all
@@ -181,7 +182,7 @@ def decode_fma_kernel(
     to_single = 2 * chunk + PADDING
     single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, pick(member, thresholds), pick(member, gains),
+        x, pick(member, sensitivity), pick(member, thresholds), pick(member, gains),
         None if low is None else pick(member, low), entries, single_entries, first, last, rows, k,
         LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip

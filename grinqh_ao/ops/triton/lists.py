@@ -52,12 +52,13 @@ def low_lines(levels):
 
 
 @triton.jit
-def mean_magnitude(x, k, BLOCK: tl.constexpr):
-    """Mean |x| of one row [k], in the same order in every program."""
+def mean_magnitude(x, sensitivity, k, BLOCK: tl.constexpr):
+    """Mean of |x| * sensitivity of one row [k], in the same order in every program."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, k, BLOCK):
         channel = start + tl.arange(0, BLOCK)
-        total += tl.abs(tl.load(x + channel, mask=channel < k, other=0).to(tl.float32))
+        weighs = tl.load(sensitivity + channel, mask=channel < k, other=0).to(tl.float32)
+        total += weighs * tl.abs(tl.load(x + channel, mask=channel < k, other=0).to(tl.float32))
     return tl.sum(total, 0) / k
 
 
@@ -111,6 +112,7 @@ def scales_of(scales, entry):
 @triton.jit
 def build_lists(
     x,  # [rows, k]
+    sensitivity,  # bfloat16 [k]
     thresholds,  # float32 [2, len(LEVELS) - 1]
     gains,  # float32 [4]
     low,  # int32 [k] in compact storage, else None
@@ -145,6 +147,7 @@ def build_lists(
 
     # Several rows share what is read: a channel's level is the highest that any of them asks for.
     slices = tl.zeros((BLOCK,), tl.int32)
+    weighs = tl.load(sensitivity + channel, mask=inside, other=0).to(tl.float32)
     largest = 0.0
     for r in range(ROWS):
         mask = inside & (r < rows)
@@ -153,8 +156,8 @@ def build_lists(
         largest = tl.maximum(largest, tl.max(finite, 0))
         mean = 0.0
         if (relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
-            mean = mean_magnitude(x + r * k, k, MEAN_BLOCK)
-        wanted = slices_of(magnitude, thresholds, mean, LEVELS)
+            mean = mean_magnitude(x + r * k, sensitivity, k, MEAN_BLOCK)
+        wanted = slices_of(magnitude * weighs, thresholds, mean, LEVELS)
         slices = tl.maximum(slices, tl.where(mask, wanted, 0))
     low_place = channel
     if low is not None:
