@@ -108,7 +108,7 @@ def calibrate_layers(
         kept = _channels_to_keep(model, layers, batches, bits, stored_bits)
 
     observers = {
-        weight: Observer(Histogram(relative, kept.get(weight, _kept_before(weight))))
+        weight: Observer(weight, Histogram(relative, kept.get(weight, _kept_before(weight))))
         for weight in weights
     }
     observe(model, batches, layers, observers, gradients=importance)
@@ -172,7 +172,7 @@ def _channels_to_keep(
 ) -> dict[GrinqhTensor, Tensor]:
     """bool [K] for each weight that can be stored compactly and saw anything."""
     observers = {
-        weight: Observer(Histogram(1.0), ChannelUse(weight.shape[1], bits or weight.bits))
+        weight: Observer(weight, Histogram(1.0), ChannelUse(weight.shape[1], bits or weight.bits))
         for _, _, weight in layers
         if weight.can_be_compact
     }

@@ -153,19 +153,22 @@ def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
 
 
 def sensitivity(scale_codes: Tensor, row_scale: Tensor) -> Tensor:
-    """bfloat16 [K]: what a rounding error in each input channel weighs, its rms over channels 1.
+    """bfloat16 [K]: what a rounding error in each input channel weighs; its rms over channels is 1.
 
     Rounding errors are in proportion to scales; so it is the root mean square of row_scale * scale.
 
     Args:
-        scale_codes: uint8 [groups, K], see :func:`decode_scales`.
+        scale_codes: uint8 [tiles, K, tile / 64], see :func:`decode_scales`.
         row_scale: bfloat16 [N].
     """
+    tiles, _, groups = scale_codes.shape
     # In units of the largest, so that squares neither overflow nor vanish.
     rows = row_scale.double()
     rows = rows * _reciprocal(rows.amax())
-    rows = torch.nn.functional.pad(rows, (0, -len(rows) % SCALE_GROUP)).view(-1, SCALE_GROUP)
-    energy = rows.square().sum(1) @ decode_scales(scale_codes).double().square()
+    rows = torch.nn.functional.pad(rows, (0, tiles * groups * SCALE_GROUP - len(rows)))
+    energy_of_groups = rows.view(tiles, groups, SCALE_GROUP).square().sum(2)
+    scales = decode_scales(scale_codes).double()
+    energy = torch.einsum("tkg,tg->k", scales.square(), energy_of_groups)
     return (energy * _reciprocal(energy.mean())).sqrt().bfloat16()
 
 

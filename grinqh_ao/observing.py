@@ -27,6 +27,7 @@ class Observer:
     """What one weight sees: of layers with one weight, tied ones, all of them together.
 
     Attributes:
+        sensitivity: float32 [K], that activations are multiplied with first.
         histogram: of activations.
         use: of single channels, where asked for.
         cost: how much an error in units of the weight's scales costs, summed over tokens; see
@@ -34,7 +35,11 @@ class Observer:
         tokens: that ``cost`` was summed over.
     """
 
-    def __init__(self, histogram: Histogram, use: ChannelUse | None = None) -> None:
+    def __init__(
+        self, weight: GrinqhTensor, histogram: Histogram, use: ChannelUse | None = None
+    ) -> None:
+        self.weight = weight
+        self.sensitivity = weight.measured_sensitivity().float()
         self.histogram = histogram
         self.use = use
         self.cost = 0.0
@@ -65,10 +70,10 @@ def observe(
     positions = _Positions()
     handles = []
     for _, module, weight in layers:
-        before = functools.partial(positions.see, observers[weight], weight)
+        before = functools.partial(positions.see, observers[weight])
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if gradients:
-            after = functools.partial(positions.follow, observers[weight], weight)
+            after = functools.partial(positions.follow, observers[weight])
             handles.append(module.register_forward_hook(after))
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
@@ -126,16 +131,14 @@ class _Positions:
     def see(
         self,
         observer: Observer,
-        weight: GrinqhTensor,
         module: nn.Module,
         args: tuple[Tensor, ...],
         kwargs: dict[str, Tensor],
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
         x = args[0] if args else kwargs["input"]
-        weighs = weight.sensitivity.float()
         if observer.use:
-            observer.use.add(self.rows(x, ~self._padding).float() * weighs)
-        observer.histogram.add(self.rows(x, self._counted).float() * weighs)
+            observer.use.add(self.rows(x, ~self._padding).float() * observer.sensitivity)
+        observer.histogram.add(self.rows(x, self._counted).float() * observer.sensitivity)
         if x.requires_grad or not torch.is_grad_enabled():
             return None
         # The model's first layers: here gradients begin, or there would be none.
@@ -152,14 +155,12 @@ class _Positions:
             drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
         return -log_p.gather(1, drawn).sum()
 
-    def follow(
-        self, observer: Observer, weight: GrinqhTensor, module: nn.Module, args: Any, y: Tensor
-    ) -> None:
+    def follow(self, observer: Observer, module: nn.Module, args: Any, y: Tensor) -> None:
         counted = self._counted
 
         def add(gradient: Tensor) -> None:
             rows = self.rows(gradient, counted)
-            observer.cost += _cost_of_errors(rows, weight)
+            observer.cost += _cost_of_errors(rows, observer.weight)
             observer.tokens += len(rows)
 
         if y.requires_grad:

@@ -59,7 +59,8 @@ class GrinqhTensor(TorchAOBaseTensor):
         slices: int32 [tiles, lines, tile / 16], the codes cut into 2-bit slices (:mod:`.slices`).
         scales: uint8 [tiles, K, tile / 64], logarithmic scales of 64 outputs of one channel.
         row_scale: bfloat16 [N].
-        sensitivity: bfloat16 [K], what rounding errors in each channel weigh.
+        sensitivity: bfloat16 [K], what rounding errors in each channel weigh where calibrated,
+            else 1.
         thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
         gains: float32 [4], of levels 2, 4, 6 and 8 (see :mod:`.codec`).
         curve: float32 [387] where calibrated, else None (see :mod:`.tails`).
@@ -167,12 +168,12 @@ class GrinqhTensor(TorchAOBaseTensor):
         codes, scale_codes, row_scale = quantize(weight, max_level=levels[-1])
         codes >>= 8 - levels[-1]
         tiles, groups = -(-n // tile), tile // SCALE_GROUP
-        padded = F.pad(scale_codes, (0, 0, 0, tiles * groups - scale_codes.shape[0]))
+        scale_codes = F.pad(scale_codes, (0, 0, 0, tiles * groups - scale_codes.shape[0]))
         return cls(
             pack(codes, levels[-1] // 2, tile),
-            padded.view(tiles, groups, k).transpose(1, 2).contiguous(),
+            scale_codes.view(tiles, groups, k).transpose(1, 2).contiguous(),
             row_scale,
-            sensitivity(scale_codes, row_scale),
+            torch.ones(k, dtype=torch.bfloat16, device=weight.device),
             thresholds.to(weight.device),
             default_gains(weight.device),
             levels,
@@ -202,7 +203,8 @@ class GrinqhTensor(TorchAOBaseTensor):
         """Replaces the formula behind ``bits`` by what calibration measured, in place.
 
         Args:
-            curve: float32 [387], or [772] for compact storage, see :mod:`.tails`.
+            curve: float32 [387], or [772] for compact storage, see :mod:`.tails`: of activations
+                times :meth:`measured_sensitivity`.
             bits: as in :meth:`set_bits`; None keeps what the tensor aims at now.
             kept: bool [K], goes over to compact storage: the channels that keep low slices. The
                 others are read at 4 bits at most from now on.
@@ -224,7 +226,12 @@ class GrinqhTensor(TorchAOBaseTensor):
             self.slices, self.low = drop_low(self.slices, kept.to(self.device))
         self.curve = curve.to(self.device, copy=True)
         with torch.inference_mode():
+            self.sensitivity.copy_(self.measured_sensitivity())
             self.thresholds.copy_(thresholds)
+
+    def measured_sensitivity(self) -> Tensor:
+        """bfloat16 [K]: what :meth:`calibrate` grades activations with."""
+        return sensitivity(self.scales, self.row_scale)
 
     @property
     def can_be_compact(self) -> bool:

@@ -64,19 +64,35 @@ def test_heads_have_bits_of_their_own():
     assert measured.head.bits == pytest.approx(5, abs=0.05)
 
 
-def test_layers_with_one_input_share_a_curve(family):
+def test_layers_share_a_curve_in_units_of_their_own(family):
     model = quantized(family)
     calibrate(model, batches(), importance=False)
     found = curves(model)
-    for layer in range(2):
-        prefix = f"model.layers.{layer}."
-        q, k, v = (found[f"{prefix}self_attn.{n}_proj"] for n in "qkv")
-        assert torch.equal(q, k)
-        assert torch.equal(q, v)
-        assert torch.equal(found[f"{prefix}mlp.gate_proj"], found[f"{prefix}mlp.up_proj"])
-        down = found[f"{prefix}mlp.down_proj"]
-        assert torch.equal(q[1:], down[1:])
-        assert q[0] != down[0]  # its own average
+    q, k, down = (
+        found[f"model.layers.0.{n}"]
+        for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    )
+    assert torch.equal(q[1:], k[1:])
+    assert torch.equal(q[1:], down[1:])
+    assert float(q[0]) == pytest.approx(float(k[0]), rel=0.05)  # the same activations
+    assert float(q[0]) != pytest.approx(float(down[0]), rel=0.05)
+
+
+def test_channels_weigh_what_their_scales_do():
+    model = quantized()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert (weight.sensitivity == 1).all()
+    calibrate(model, batches())
+    rounding = weight.dequantize(level=2) - weight.dequantize(level=8)
+    expected = rounding.square().mean(0).sqrt()
+    expected = expected / expected.square().mean().sqrt()
+    assert torch.corrcoef(torch.stack([weight.sensitivity.float(), expected]))[0, 1] > 0.6
+    assert float(weight.sensitivity.float().square().mean()) == pytest.approx(1, rel=0.01)
+    groups = weight.scales.float().transpose(0, 1).flatten(1)  # [K, groups]
+    scale = torch.exp2((groups - 255) / 16).repeat_interleave(64, 1)[:, :160]
+    by_hand = (scale * weight.row_scale.float()).square().mean(1).sqrt()
+    by_hand = by_hand / by_hand.square().mean().sqrt()
+    torch.testing.assert_close(weight.sensitivity.float(), by_hand, rtol=0.01, atol=0)
 
 
 def test_bits_are_kept_or_set():
@@ -110,6 +126,7 @@ def test_flattened_inputs_count_alike():
             super().__init__()
             self.embedding = torch.nn.Embedding(320, 64)
             self.one, self.other = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+            self.other.load_state_dict(self.one.state_dict())
 
         def forward(self, input_ids, **options):
             x = self.embedding(input_ids)

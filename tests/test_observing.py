@@ -33,7 +33,7 @@ class Branches(torch.nn.Module):
 def observed(model, rows, gradients=True, use=False):
     layers = list(quantized_linears(model))
     observers = {
-        weight: Observer(Histogram(0.25), ChannelUse(weight.shape[1], 3) if use else None)
+        weight: Observer(weight, Histogram(0.25), ChannelUse(weight.shape[1], 3) if use else None)
         for _, _, weight in layers
     }
     observe(model, rows, layers, observers, gradients)

@@ -87,10 +87,21 @@ def decode_linears(
     levels: Sequence[int],
 ) -> list[Tensor]:
     """:func:`decode_linear` of several weights with the same levels; each grades x by itself."""
-    weights = zip(
-        slices, scales, row_scales, sensitivities, thresholds, gains, biases, lows, strict=True
-    )
-    return [decode_linear(x, *weight, levels) for weight in weights]
+    return [
+        decode_linear(
+            x,
+            slices[i],
+            scales[i],
+            row_scales[i],
+            sensitivities[i],
+            thresholds[i],
+            gains[i],
+            biases[i],
+            lows[i],
+            levels,
+        )
+        for i in range(len(slices))
+    ]
 
 
 def dequantize(
