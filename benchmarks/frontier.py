@@ -43,7 +43,7 @@ from grinqh_ao import (
 )
 from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.model import quantized_linears
-from grinqh_ao.tensor import GrinqhTensor
+from grinqh_ao.torchao_tensor import GrinqhTensor
 
 BITS = (3.0, 2.0)
 # Of the decoder's layers, for compensation.

@@ -13,7 +13,7 @@ from grinqh_ao.evaluation import evaluate, reference
 from grinqh_ao.fusion import fuse_projections, unfuse_projections
 from grinqh_ao.metering import measure
 from grinqh_ao.model import set_bits, summary
-from grinqh_ao.tensor import GrinqhTensor
+from grinqh_ao.torchao_tensor import GrinqhTensor
 
 __version__ = "0.1.0"
 

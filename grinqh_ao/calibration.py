@@ -16,7 +16,7 @@ from grinqh_ao.grading import check_bits, most_bits
 from grinqh_ao.model import some_quantized_linears
 from grinqh_ao.observing import FIRST_POSITIONS, Batch, Layers, Observer, check_batch, observe
 from grinqh_ao.tails import Histogram, common_curves
-from grinqh_ao.tensor import GrinqhTensor
+from grinqh_ao.torchao_tensor import GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_together
 from grinqh_ao.model import some_quantized_linears
-from grinqh_ao.tensor import GrinqhTensor
+from grinqh_ao.torchao_tensor import GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
 

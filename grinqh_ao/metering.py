@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.decode_rule import decoded_together, first_decoded_row
 from grinqh_ao.model import quantized_linears
-from grinqh_ao.tensor import GrinqhTensor
+from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     handles = []
     for name, module, weight in quantized_linears(model):
         counter = measurement._counters[name] = _Counter.of(weight)
-        hook = functools.partial(_count, counter)
+        hook = functools.partial(_count, counter, weight)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     if not handles:
         raise ValueError(f"model={type(model).__name__}: no layer is quantized, nothing to measure")
@@ -227,17 +227,20 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
 
 
 def _count(
-    counter: _Counter, module: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    counter: _Counter,
+    weight: GrinqhTensor,
+    module: nn.Linear,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
 ) -> None:
-    x, weight = args[0] if args else kwargs["input"], module.weight
-    assert isinstance(weight, GrinqhTensor)
+    x = args[0] if args else kwargs["input"]
     start = weight.first_decoded_row(x, module.bias)
     if start is None:
         if first_decoded_row(x) is not None:
             counter.tokens_with_gradient += 1
         return
     rows = x.detach()[..., start:, :] if x.dim() > 1 else x.detach()[None]
-    bits = weight.grade(rows).flatten(0, -2)
+    bits = weight.grade(rows.to(weight.device)).flatten(0, -2)  # it may be offloaded
     if decoded_together():
         bits = bits.amax(0, keepdim=True)
     # Not bincount(), which waits for the device.

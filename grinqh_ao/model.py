@@ -5,20 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from grinqh_ao.tensor import GrinqhTensor
+from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, GrinqhTensor]]:
-    """Yields (name, module, weight) of every linear layer with a quantized weight."""
+    """Yields (name, module, weight) of every linear layer with a quantized weight.
+
+    Of a layer that accelerate has offloaded it is the weight with data, which is not the module's.
+    """
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Linear) and isinstance(weight, GrinqhTensor):
-            yield name, module, weight
+            yield name, module, _with_data(module, weight)
+
+
+def _with_data(module: nn.Module, weight: GrinqhTensor) -> GrinqhTensor:
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        offloaded = getattr(one, "weights_map", None)
+        if weight.is_meta and offloaded is not None:
+            found = offloaded["weight"]
+            return found if isinstance(found, GrinqhTensor) else weight
+    return weight
 
 
 def some_quantized_linears(model: nn.Module) -> list[tuple[str, nn.Module, GrinqhTensor]]:
@@ -118,6 +132,8 @@ def summary(model: nn.Module) -> Summary:
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if nn.parameter.is_lazy(parameter):
                 continue
+            if isinstance(parameter, GrinqhTensor):
+                parameter = _with_data(module, parameter)
             holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
             modules.setdefault(parameter, module)
     nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from grinqh_ao.codec import decode_scales
 from grinqh_ao.compact import ChannelUse
 from grinqh_ao.tails import Histogram
-from grinqh_ao.tensor import GrinqhTensor
+from grinqh_ao.torchao_tensor import GrinqhTensor
 
 # The first positions of a text attract massive activations, and take the dense path as a prompt.
 FIRST_POSITIONS = 16
@@ -27,28 +27,49 @@ class Observer:
     """What one weight sees: of layers with one weight, tied ones, all of them together.
 
     Attributes:
-        sensitivity: float32 [K], that activations are multiplied with first.
-        histogram: of activations.
+        histogram: of activations times sensitivity.
         use: of single channels, where asked for.
-        cost: how much an error in units of the weight's scales costs, summed over tokens; see
-            :func:`_cost_of_errors`.
-        tokens: that ``cost`` was summed over.
+        tokens: whose gradients were seen.
     """
 
     def __init__(
         self, weight: GrinqhTensor, histogram: Histogram, use: ChannelUse | None = None
     ) -> None:
-        self.weight = weight
-        self.sensitivity = weight.measured_sensitivity().float()
+        self._weight = weight
+        self._sensitivity = weight.measured_sensitivity().float()
         self.histogram = histogram
         self.use = use
-        self.cost = 0.0
         self.tokens = 0
+        self._gradient_energy = torch.zeros(weight.shape[0], dtype=torch.float64)
+
+    def see(self, counted: Tensor, everything: Tensor) -> None:
+        """Activations [tokens, K]: of positions as decoding sees them, and of all."""
+        sensitivity = self._sensitivity.to(counted.device)
+        if self.use:
+            self.use.add(everything.float() * sensitivity)
+        self.histogram.add(counted.float() * sensitivity)
+
+    def see_gradient(self, gradient: Tensor) -> None:
+        """[tokens, N], of the outputs."""
+        self._gradient_energy += gradient.float().square().sum(0).double().cpu()
+        self.tokens += len(gradient)
 
     @property
     def importance(self) -> float | None:
-        """Of its errors, per weight: a threshold should be inverse to its root. None if unknown."""
-        return self.cost / self.tokens if self.cost > 0 else None
+        """What the weight's errors add to the KL divergence, per weight and up to a common factor.
+
+        With G the gradient of -log p(token) for tokens drawn from the model's own predictions, an
+        error e in a layer's outputs costs E (G e)^2 / 2 (the Fisher information), for errors that
+        are independent E sum_n G_n^2 e_n^2 / 2. The errors of an output are in proportion to its
+        scales. A threshold should be inverse to the root of this. None if no gradient was seen.
+        """
+        weight = self._weight
+        n = len(weight.row_scale)
+        scales = decode_scales(weight.scales).square().mean(1)  # [tiles, groups]
+        per_output = scales.flatten().repeat_interleave(weight.tile // scales.shape[1])[:n]
+        variance = (per_output * weight.row_scale.float().square()).double().cpu()
+        cost = float(self._gradient_energy @ variance)
+        return cost / (n * self.tokens) if cost > 0 else None
 
 
 def observe(
@@ -75,8 +96,8 @@ def observe(
         if gradients:
             after = functools.partial(positions.follow, observers[weight])
             handles.append(module.register_forward_hook(after))
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(0)
+    # Of a model that is offloaded as a whole accelerate moves the inputs.
+    device = next((p.device for p in model.parameters() if not p.is_meta), None)
     modes = _backward_pass(model) if gradients else torch.no_grad()
     try:
         # Hooks must run: no compiled graph.
@@ -89,7 +110,7 @@ def observe(
                 positions.start(inputs["input_ids"], inputs.get("attention_mask"))
                 output = model(**inputs)
                 if gradients:
-                    positions.surprise(_logits_of(output), generator).backward()
+                    positions.surprise(_logits_of(output)).backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -111,6 +132,7 @@ class _Positions:
     def __init__(self) -> None:
         self._counted = Tensor()
         self._padding = Tensor()
+        self._generator: torch.Generator | None = None
 
     def start(self, input_ids: Tensor, mask: Tensor | None) -> None:
         """A new batch; of its positions no padding counts, and not the first ones."""
@@ -136,56 +158,33 @@ class _Positions:
         kwargs: dict[str, Tensor],
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
         x = args[0] if args else kwargs["input"]
-        if observer.use:
-            observer.use.add(self.rows(x, ~self._padding).float() * observer.sensitivity)
-        observer.histogram.add(self.rows(x, self._counted).float() * observer.sensitivity)
+        observer.see(self.rows(x, self._counted), self.rows(x, ~self._padding))
         if x.requires_grad or not torch.is_grad_enabled():
             return None
         # The model's first layers: here gradients begin, or there would be none.
         x = x.detach().requires_grad_()
         return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
 
-    def surprise(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+    def surprise(self, logits: Tensor) -> Tensor:
         """-log p of tokens drawn from the predictions, summed over positions but padding."""
+        if self._generator is None:  # where logits are, which nobody knows before
+            self._generator = torch.Generator(logits.device).manual_seed(0)
         rows = logits.flatten(0, -2)
         if len(rows) == self._padding.numel():
             rows = rows[~self._padding.flatten().to(rows.device)]
         log_p = rows.float().log_softmax(-1)
         with torch.no_grad():
-            drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
+            drawn = torch.multinomial(log_p.exp(), 1, generator=self._generator)
         return -log_p.gather(1, drawn).sum()
 
     def follow(self, observer: Observer, module: nn.Module, args: Any, y: Tensor) -> None:
         counted = self._counted
 
         def add(gradient: Tensor) -> None:
-            rows = self.rows(gradient, counted)
-            observer.cost += _cost_of_errors(rows, observer.weight)
-            observer.tokens += len(rows)
+            observer.see_gradient(self.rows(gradient, counted))
 
         if y.requires_grad:
             y.register_hook(add)
-
-
-def _cost_of_errors(gradient: Tensor, weight: GrinqhTensor) -> float:
-    """What rounding errors of a weight's codes add to the KL divergence, up to a common factor.
-
-    With G the gradient of -log p(token) for tokens drawn from the model's own predictions, an
-    error e in a layer's outputs costs E (G e)^2 / 2 (the Fisher information), for errors that are
-    independent E sum_n G_n^2 e_n^2 / 2. The errors of an output are in proportion to its scales.
-
-    Args:
-        gradient: [tokens, N].
-        weight: [N, K].
-
-    Returns:
-        Summed over tokens, averaged over outputs.
-    """
-    n = len(weight.row_scale)
-    scales = decode_scales(weight.scales).square().mean(1)  # [tiles, groups]
-    per_output = scales.flatten().repeat_interleave(weight.tile // scales.shape[1])[:n]
-    variance = per_output * weight.row_scale.float().square()
-    return float((gradient.float().square() @ variance).double().sum()) / n
 
 
 def _logits_of(output: Any) -> Tensor:

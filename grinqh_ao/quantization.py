@@ -21,8 +21,8 @@ from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
 from grinqh_ao.model import by_type, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
-from grinqh_ao.tensor import SUPPORTED_DTYPES, GrinqhTensor
 from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
+from grinqh_ao.torchao_tensor import SUPPORTED_DTYPES, GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
 

@@ -1,4 +1,8 @@
-"""GrinqhTensor: a linear layer's weight as nested codes, and how ``F.linear`` reads it."""
+"""GrinqhTensor: a linear layer's weight as nested codes, and how ``F.linear`` reads it.
+
+The module's name matters: accelerate moves tensors from modules named "torchao" as they are, and
+tries to construct anything else anew, which a tensor with inner tensors cannot serve.
+"""
 
 from __future__ import annotations
 
