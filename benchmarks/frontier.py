@@ -140,15 +140,21 @@ def codes(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dict]:
         with ExitStack() as changed:
             for module, attribute, value in changes:
                 changed.enter_context(mock.patch.object(module, attribute, value))
-            codec._nearest_codes.cache_clear()
+            forget_tables()
             quantized = copy.deepcopy(model)
             quantize_(quantized, GrinqhConfig(calibration=batches), filter_fn=all_but_head)
             found = evaluate(quantized, full)
         row = {"variant": name, "bits read": found.read.total.bits, "KL": found.kl}
         rows.append(row | {"median": found.kl_median})
         print(*rows[-1].values(), flush=True)
-    codec._nearest_codes.cache_clear()
+    forget_tables()
     return rows
+
+
+def forget_tables() -> None:
+    """What follows from the numbers that ``codes`` changes."""
+    codec._nearest_codes.cache_clear()
+    grading._lowest_threshold.cache_clear()
 
 
 class MostOften(compact.ChannelUse):

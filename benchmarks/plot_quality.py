@@ -1,6 +1,7 @@
 """Quality per bit, from what quality.py wrote; several files of one text make one picture.
 
-    python benchmarks/plot_quality.py benchmarks/results/quality-debian-handbook*.json
+    cd benchmarks/results
+    python ../plot_quality.py quality-debian-handbook.json quality-debian-handbook-others.json
 
 writes docs/pictures/NAME.svg and .png, by the name of the first file.
 """
@@ -22,7 +23,7 @@ PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 STYLES = {
     "GRINQH": ("#0072B2", "o", "--"),
     "GRINQH, calibrated": ("#D55E00", "o", "-"),
-    "GRINQH, compact": ("#56B4E9", "o", "-"),
+    "GRINQH, 4.4 bits stored": ("#56B4E9", "o", "-"),
     "AWQ": ("#009E73", "^", ""),
     "GPTQ, act-order": ("#CC79A7", "D", ""),
     "GPTQ": ("#CC79A7", "s", ""),
@@ -34,9 +35,8 @@ STYLES = {
 
 def family(row: dict) -> str | None:
     if row["family"] != "others":
-        if row["family"].endswith("stored"):
-            return "GRINQH, compact"
-        return row["family"] if row["family"].startswith("GRINQH") else None
+        name = row["family"].replace("stored", "bits stored")
+        return name if name in STYLES else None
     name = row["what"]
     if re.match(r"Q\d_", name):
         return "llama.cpp"
@@ -48,17 +48,26 @@ def family(row: dict) -> str | None:
 def main(argv: list[str] | None = None, to: Path = PICTURES) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+")
-    files = sorted(parser.parse_args(argv).files)
+    files = parser.parse_args(argv).files
     every_row = [row for file in files for row in json.loads(file.read_text())["rows"]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for axis, quantity in zip(axes, ("with_scales", "stored"), strict=True):
         draw(axis, every_row, quantity)
+    at_three = [
+        (row["stored"], row["kl"])
+        for row in every_row
+        if re.fullmatch(r"GRINQH, (calibrated|[\d.]+ stored), 3", row["what"])
+    ]
+    axes[1].plot(
+        *zip(*sorted(at_three), strict=True), color="#56B4E9", linewidth=1, marker=".", zorder=0
+    )
+    axes[1].annotate("GRINQH,\nread at 3 bits", (6.3, 0.082), fontsize=8, va="bottom", ha="center")
     axes[0].set_xlabel("bits read per weight and token, scales included")
     axes[1].set_xlabel("bits stored per weight, scales included")
     axes[0].set_ylabel("mean KL to full precision, nats per token")
     axes[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.06))
     axes[1].annotate(
-        "GRINQH: one stored model,\nread at 2 to 4 bits", (8.05, 0.6), ha="right", fontsize=8
+        "GRINQH: one stored model,\nread at 2 to 4.5 bits", (8.05, 0.5), ha="right", fontsize=8
     )
     for suffix in ("svg", "png"):
         figure.savefig(to / f"{files[0].stem}.{suffix}", dpi=130)

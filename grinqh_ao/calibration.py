@@ -42,11 +42,11 @@ def calibrate(
     """Measures activations once, so that ``bits`` is met on average, and bits go where they help.
 
     Without it, thresholds follow from a formula. One pass over the data, of prompts, so in the
-    dense path; each layer keeps a curve of 1.5 KB, from which the thresholds for any ``bits``
-    follow: the data is not needed again. Layers read ``bits`` together, more where errors cost more
-    and fewer where they cost less. An output head keeps bits of its own. Batches are moved to the
-    device of the model's first parameter. Calibrate before ``torch.compile``: a compiled model
-    compiles once more.
+    dense path; each layer keeps a curve of 1.5 KB (3 KB in compact storage), from which the
+    thresholds for any ``bits`` follow: the data is not needed again. Layers read ``bits`` together,
+    more where errors cost more and fewer where they cost less. An output head keeps bits of its
+    own. Batches are moved to the device of the model's first parameter. Calibrate before
+    ``torch.compile``: a compiled model compiles once more.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -62,8 +62,8 @@ def calibrate(
             the tokens that are large.
         importance: find out what errors in each layer cost, by a backward pass for each batch, and
             share out bits accordingly. The model has to return logits. Takes memory for the
-            activations of one batch; without it, the thresholds of all layers are the same in units
-            of their average |x|.
+            activations of one batch, and brings all offloaded weights to their device at once;
+            without it, the thresholds of all layers are the same in units of their average |x|.
         stored_bits: compact storage, above 4 and below 8: levels above 4 are dropped of all
             channels but those that need them most, so that this many bits are stored per weight,
             scales aside. Cannot be undone. A second pass. Not for output heads, nor for weights
@@ -73,8 +73,8 @@ def calibrate(
         TypeError: ``data`` is neither texts nor batches.
         ValueError: nothing in ``model`` is quantized or a layer is offloaded to the meta device,
             an argument is out of range, texts come without a tokenizer, there is nothing to
-            count, the model returns no logits, or no layer can be stored compactly; the model is
-            unchanged.
+            count, the model gives no logits with gradients, no layer can be stored compactly, or
+            more ``bits`` are to be read than stored; the model is unchanged.
     """
     layers = some_quantized_linears(model)
     batches = _batches(data, tokenizer, tokens)
@@ -100,7 +100,6 @@ def calibrate_layers(
             check_bits(bits, weight.levels, name=f"bits of {name or 'the layer'}")
         if weight.is_meta:
             raise ValueError(f"{name}: is on the meta device, offloaded or without data")
-    weights = {weight: None for _, _, weight in layers}  # tied layers have one weight
     kept: dict[GrinqhTensor, Tensor] = {}
     if stored_bits is not None:
         check_stored_bits(stored_bits)
@@ -109,7 +108,7 @@ def calibrate_layers(
 
     observers = {
         weight: Observer(weight, Histogram(relative, kept.get(weight, _kept_before(weight))))
-        for weight in weights
+        for _, _, weight in layers  # tied layers have one weight
     }
     observe(model, batches, layers, observers, gradients=importance)
     seen = {weight: o for weight, o in observers.items() if not o.histogram.empty}
@@ -145,7 +144,7 @@ def calibrate_layers(
 
 
 def _units(observers: Sequence[Observer]) -> list[float]:
-    """What the thresholds of layers are to be in proportion to, beside their average |x|.
+    """What the thresholds of layers are to be in proportion to, beside their average magnitude.
 
     An error costs most in total where the product of the importance of a layer's errors and the
     square of its thresholds is the largest; bits are shared out best where it is equal everywhere.
@@ -154,7 +153,7 @@ def _units(observers: Sequence[Observer]) -> list[float]:
     wanted = {
         o: 1 / (o.histogram.average * math.sqrt(cost))
         for o, cost in found.items()
-        if cost and o.histogram.average
+        if cost and math.isfinite(cost) and o.histogram.average
     }
     if not wanted:
         return [1.0] * len(observers)
@@ -181,6 +180,10 @@ def _channels_to_keep(
             f"stored_bits={stored_bits!r}: no layer can be stored compactly; expected weights with "
             "levels 4 and 8, not stored compactly before, other than output heads"
         )
+    for weight in observers:
+        wanted = weight.bits if bits is None else bits
+        if wanted >= stored_bits:
+            raise ValueError(f"bits={wanted:.4g}: expected less than stored_bits={stored_bits!r}")
     some = [layer for layer in layers if layer[2] in observers]
     observe(model, batches, some, observers, gradients=False)
     return {

@@ -11,8 +11,9 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from grinqh_ao.calibration import check_batches
-from grinqh_ao.compact import check_stored_bits
+from grinqh_ao.compact import FULL_LEVEL, check_stored_bits
 from grinqh_ao.grading import ALL_LEVELS, check_bits, check_levels
+from grinqh_ao.slices import HIGH_LEVEL
 
 HEAD_NAMES = ("lm_head", "embed_out")
 
@@ -40,7 +41,8 @@ class GrinqhConfig(AOBaseConfig):
 
     Raises:
         TypeError: ``calibration`` is not batches.
-        ValueError: a field is out of range, or ``stored_bits`` comes without ``calibration``.
+        ValueError: a field is out of range, or ``stored_bits`` comes without ``calibration``, with
+            levels without 4 or 8, or with as many ``bits`` to read.
     """
 
     bits: float = 3.0
@@ -57,6 +59,15 @@ class GrinqhConfig(AOBaseConfig):
                 raise ValueError(
                     f"stored_bits={stored_bits!r} without calibration: expected batches, from "
                     "which the channels to keep are chosen"
+                )
+            if HIGH_LEVEL not in self.levels or FULL_LEVEL not in self.levels:
+                raise ValueError(
+                    f"stored_bits={stored_bits!r} with levels {tuple(self.levels)}: expected "
+                    f"{HIGH_LEVEL} and {FULL_LEVEL} among them"
+                )
+            if self.bits >= stored_bits:
+                raise ValueError(
+                    f"bits={self.bits!r}: expected less than stored_bits={stored_bits!r}"
                 )
         if calibration is not None:
             check_batches(calibration, name="calibration")

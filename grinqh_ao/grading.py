@@ -199,13 +199,14 @@ def check_bits(
     """Raises ValueError unless ``bits`` is an average that ``levels`` can reach.
 
     Args:
-        most: where less than the highest level can be reached, in compact storage.
+        most: where less than the highest level can be reached: by layers that calibration took
+            together with some in compact storage.
     """
     most = levels[-1] if most is None else most
     number = isinstance(bits, int | float) and not isinstance(bits, bool) and math.isfinite(bits)
     if not number or not levels[0] <= bits <= most or bits <= 0:
         least = "above 0" if levels[0] == 0 else f"at least {levels[0]}"
-        stored = "" if most == levels[-1] else ", stored compactly,"
+        stored = "" if most == levels[-1] else ", with layers stored compactly,"
         raise ValueError(
             f"{name}={bits!r}: expected a number {least} and at most {most:g}, "
             f"the average that levels {levels}{stored} can reach"

@@ -82,14 +82,19 @@ class _Counter:
 
     @classmethod
     def of(cls, weight: GrinqhTensor) -> _Counter:
+        read_once = [
+            weight.row_scale,
+            weight.sensitivity,
+            weight.thresholds,
+            weight.gains,
+            weight.low,
+        ]
         return cls(
             counts=torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device),
             levels=weight.levels,
             shape=(weight.shape[0], weight.shape[1]),
             padded_outputs=weight.slices.shape[0] * weight.tile,
-            bytes_per_call=weight.row_scale.nbytes
-            + weight.sensitivity.nbytes
-            + weight.thresholds.nbytes,
+            bytes_per_call=sum(tensor.nbytes for tensor in read_once if tensor is not None),
             stored_bytes=weight.stored_bytes,
             storage=weight.slices.data_ptr(),
             is_head=weight.min_bits > 0,

@@ -19,19 +19,24 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, Grinqh
 
     Of a layer that accelerate has offloaded it is the weight with data, which is not the module's.
     """
+    known: dict[int, GrinqhTensor] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Linear) and isinstance(weight, GrinqhTensor):
-            yield name, module, _with_data(module, weight)
+            yield name, module, _with_data(module, weight, known)
 
 
-def _with_data(module: nn.Module, weight: GrinqhTensor) -> GrinqhTensor:
+def _with_data(
+    module: nn.Module, weight: GrinqhTensor, known: dict[int, GrinqhTensor]
+) -> GrinqhTensor:
+    """A module's weight, or what accelerate keeps of it; the same tensor for tied modules."""
     hook: Any = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", [hook]):
         offloaded = getattr(one, "weights_map", None)
         if weight.is_meta and offloaded is not None:
             found = offloaded["weight"]
-            return found if isinstance(found, GrinqhTensor) else weight
+            if isinstance(found, GrinqhTensor):
+                return known.setdefault(found.slices.data_ptr(), found)
     return weight
 
 
@@ -128,12 +133,13 @@ def summary(model: nn.Module) -> Summary:
     """Says how much of ``model`` is quantized and what is not. Waits for the device."""
     holders: dict[torch.Tensor, list[str]] = {}  # tensors hash by identity
     modules: dict[torch.Tensor, nn.Module] = {}
+    known: dict[int, GrinqhTensor] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if nn.parameter.is_lazy(parameter):
                 continue
             if isinstance(parameter, GrinqhTensor):
-                parameter = _with_data(module, parameter)
+                parameter = _with_data(module, parameter, known)
             holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
             modules.setdefault(parameter, module)
     nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}

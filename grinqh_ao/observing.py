@@ -50,9 +50,11 @@ class Observer:
         self.histogram.add(counted.float() * sensitivity)
 
     def see_gradient(self, gradient: Tensor) -> None:
-        """[tokens, N], of the outputs."""
-        self._gradient_energy += gradient.float().square().sum(0).double().cpu()
-        self.tokens += len(gradient)
+        """[tokens, N], of the outputs; what is not finite, as after an overflow, does not count."""
+        energy = gradient.float().square()
+        energy = energy[energy.sum(1).isfinite()]
+        self._gradient_energy += energy.sum(0).double().cpu()
+        self.tokens += len(energy)
 
     @property
     def importance(self) -> float | None:
@@ -86,7 +88,7 @@ def observe(
 
     Raises:
         TypeError: a batch is none.
-        ValueError: ``gradients``, and the model's output is neither logits nor has any.
+        ValueError: ``gradients``, and the model returns no logits, or none with a gradient.
     """
     positions = _Positions()
     handles = []
@@ -109,8 +111,8 @@ def observe(
                     inputs[key] = value.to(device) if isinstance(value, Tensor) else value
                 positions.start(inputs["input_ids"], inputs.get("attention_mask"))
                 output = model(**inputs)
-                if gradients:
-                    positions.surprise(_logits_of(output)).backward()
+                if gradients and (surprise := positions.surprise(_logits_of(output))) is not None:
+                    surprise.backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -165,13 +167,19 @@ class _Positions:
         x = x.detach().requires_grad_()
         return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
 
-    def surprise(self, logits: Tensor) -> Tensor:
-        """-log p of tokens drawn from the predictions, summed over positions but padding."""
+    def surprise(self, logits: Tensor) -> Tensor | None:
+        """-log p of tokens drawn from the predictions, summed over positions but padding.
+
+        None where nothing is predicted: no position has finite logits.
+        """
         if self._generator is None:  # where logits are, which nobody knows before
             self._generator = torch.Generator(logits.device).manual_seed(0)
         rows = logits.flatten(0, -2)
         if len(rows) == self._padding.numel():
             rows = rows[~self._padding.flatten().to(rows.device)]
+        rows = rows[rows.detach().isfinite().all(-1)]
+        if len(rows) == 0:
+            return None
         log_p = rows.float().log_softmax(-1)
         with torch.no_grad():
             drawn = torch.multinomial(log_p.exp(), 1, generator=self._generator)
@@ -194,12 +202,22 @@ def _logits_of(output: Any) -> Tensor:
             f"importance=True: the model returns {type(output).__name__}, expected logits or "
             "something with logits; importance=False needs none"
         )
+    if not logits.requires_grad:
+        raise ValueError(
+            "importance=True: no gradient can reach the layers from the logits, the model may run "
+            "under no_grad; importance=False needs none"
+        )
     return logits
 
 
 @contextlib.contextmanager
 def _backward_pass(model: nn.Module) -> Iterator[None]:
     """Gradients of activations, but none of parameters."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "importance=True: the model was made in inference mode, where nothing has gradients; "
+            "importance=False needs none"
+        )
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)

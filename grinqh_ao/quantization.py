@@ -88,11 +88,13 @@ def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:
         if layer.config._calibration is not None:
             key = id(layer.config._calibration), layer.config._stored_bits
             alike.setdefault(key, []).append(layer)
-    for (_, stored_bits), group in alike.items():
+    batches: dict[int, list[Any]] = {}  # several groups may share what can be read but once
+    for (shared, stored_bits), group in alike.items():
         names = {layer.name for layer in group}
         found = [entry for entry in quantized_linears(model) if entry[0] in names]
-        data = group[0].config._calibration
         try:
+            data = batches.setdefault(shared, []) or list(group[0].config._calibration)
+            batches[shared] = data
             calibrate_layers(model, found, data, stored_bits=stored_bits)
         except BaseException as error:
             error.add_note(f"{len(names)} layers are quantized, but not calibrated")

@@ -91,9 +91,12 @@ def split(slices: Tensor, k: int, low: Tensor | None = None) -> list[Tensor]:
     tiles, lines, words = slices.shape
     num_slices = lines // max(k, 1) if low is None else 4
     high = min(num_slices, HIGH_SLICES)
-    lower = slices[:, high * k :].view(tiles, -1, max(num_slices - high, 1), words)
     upper = slices[:, : high * k].view(tiles, k, high, words)
-    return [*upper.unbind(2), *(lower.unbind(2) if num_slices > high else ())]
+    if num_slices == high:
+        return list(upper.unbind(2))
+    having = (lines - high * k) // (num_slices - high)
+    lower = slices[:, high * k :].view(tiles, having, num_slices - high, words)
+    return [*upper.unbind(2), *lower.unbind(2)]
 
 
 def channels_of(

@@ -5,10 +5,10 @@ A calibrated layer keeps a *curve*, float32 [2 + POINTS]: two weights (a, r), th
     u_k = m_k / (a + r * mean m)
 
 above 2**(LOWEST + i / PER_OCTAVE), for i from 0 to POINTS - 1, in all layers taken together, with
-the magnitudes m of :mod:`.grading`. With r zero and a the layer's own average of m, thresholds on
-u are thresholds on m itself; with (0, 1) they are relative to each token's mean. From the curve
-follow the thresholds for any ``bits`` and any level set. In compact storage a second list of POINTS
-shares counts only what is in channels with low slices: what is read of levels above 4.
+the magnitudes m of :mod:`.grading`. With r zero, thresholds on u are thresholds on m itself; with
+a zero they are relative to each token's mean. From the curve follow the thresholds for any
+``bits`` and any level set. In compact storage a second list of POINTS shares counts only what is
+in channels with low slices: what is read of levels above 4.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def check_curve(curve: Tensor, compact: bool = False) -> None:
     if curve.dtype != torch.float32 or curve.dim() != 1 or len(curve) not in lengths:
         raise ValueError(
             f"curve of dtype {curve.dtype} and shape {tuple(curve.shape)}: expected float32 "
-            f"[{lengths[0]}]"
+            f"{lengths}"
         )
     absolute, relative = curve[:2].tolist()
     if not (

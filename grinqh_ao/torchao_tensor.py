@@ -256,8 +256,16 @@ class GrinqhTensor(TorchAOBaseTensor):
     def dequantize(
         self, output_dtype: torch.dtype | None = None, level: int | None = None
     ) -> Tensor:
-        """The dense weight [N, K] as read at ``level`` (default: the highest)."""
+        """The dense weight [N, K] as read at ``level`` (default: the highest).
+
+        Raises:
+            ValueError: ``level`` is none, or more than is stored.
+        """
         level = self.levels[-1] if level is None else level
+        if level not in ALL_LEVELS or level > self.levels[-1]:
+            raise ValueError(
+                f"level={level!r}: expected one of {ALL_LEVELS}, at most {self.levels[-1]}"
+            )
         return ops.dequantize(
             self.slices,
             self.scales,

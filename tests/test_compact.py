@@ -127,8 +127,9 @@ def test_more_bits_than_are_stored_cannot_be_read():
     assert summary(model).bits == expected
     full = quantized(bits=6)
     before = {name: weight.slices for name, _, weight in quantized_linears(full)}
-    with pytest.raises(ValueError, match=r"bits of .*q_proj=5\.99.*at most 4\.\d+"):
-        calibrate(full, batches(), stored_bits=4.4)
+    for bits, message in ((None, "bits=6: .*less than stored_bits=4.4"), (4.39, "at most 4.38")):
+        with pytest.raises(ValueError, match=message):
+            calibrate(full, batches(), bits=bits, stored_bits=4.4)
     assert all(weight.slices is before[name] for name, _, weight in quantized_linears(full))
 
 
@@ -151,6 +152,10 @@ def test_levels_that_cannot_be():
 def test_through_the_config():
     with pytest.raises(ValueError, match="without calibration"):
         GrinqhConfig(stored_bits=4.4)
+    with pytest.raises(ValueError, match="expected 4 and 8 among them"):
+        GrinqhConfig(levels=[0, 2, 4, 6], stored_bits=4.4, calibration=batches())
+    with pytest.raises(ValueError, match="less than stored_bits"):
+        GrinqhConfig(bits=5, stored_bits=4.4, calibration=batches())
     model = tiny_model("llama", tied=False)
     quantize_(model, GrinqhConfig(bits=3, calibration=batches(), stored_bits=5))
     same = compact_model()

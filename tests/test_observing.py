@@ -128,6 +128,54 @@ def test_a_model_without_logits_is_told_what_to_do():
     set_bits(model, 2)
 
 
+def test_a_model_without_gradients_is_told_what_to_do():
+    class Detached(Branches):
+        @torch.no_grad()
+        def forward(self, input_ids):
+            return super().forward(input_ids)
+
+    model = Detached(quiet=0.5)
+    quantize_(model, GrinqhConfig(bits=3))
+    with torch.inference_mode():
+        made_there = Branches(quiet=0.5)
+        quantize_(made_there, GrinqhConfig(bits=3))
+    for refused in (model, made_there):
+        wanted = [p.requires_grad for p in refused.parameters()]
+        with pytest.raises(ValueError, match=r"importance=True: .*importance=False"):
+            calibrate(refused, batches())
+        assert [p.requires_grad for p in refused.parameters()] == wanted
+        calibrate(refused, batches(), importance=False)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_does_not_count(value):
+    model = Branches(quiet=0.5)
+    quantize_(model, GrinqhConfig(bits=3))
+    token = 7
+    rows = [ids.masked_fill(ids == token, 8) for ids in batches(count=4, length=256)]
+    expected = observed(model, rows)["loud"]
+    with torch.no_grad():
+        model.embedding.weight[token] = value
+    spoiled = [torch.cat([ids, torch.full((1, 9), token)], dim=1) for ids in rows]
+    found = observed(model, spoiled)["loud"]
+    assert torch.equal(found.histogram.counts, expected.histogram.counts)
+    assert found.importance == pytest.approx(expected.importance, rel=0.1)
+    with pytest.raises(ValueError, match="nothing to count"):
+        calibrate(model, [torch.full((1, 40), token)])
+
+
+def test_gradients_that_overflow_do_not_count():
+    model = Branches(quiet=0.5)
+    quantize_(model, GrinqhConfig(bits=3))
+    weight = model.loud.weight
+    observer = Observer(weight, Histogram(0.25))
+    observer.see_gradient(torch.ones(3, 320))
+    before = observer.importance
+    observer.see_gradient(torch.tensor([[torch.inf], [torch.nan]]).expand(2, 320))
+    assert observer.importance == before
+    assert observer.tokens == 3
+
+
 def test_experts_that_see_some_positions_are_counted():
     class Routed(Branches):
         def forward(self, input_ids):

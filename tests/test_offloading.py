@@ -54,6 +54,17 @@ def test_it_is_calibrated_alike(pair, options):
     assert summary(offloaded).stored_bytes == summary(model).stored_bytes
 
 
+def test_tied_weights_stay_one():
+    model = tiny_model("llama", tied=True)
+    quantize_(model, GrinqhConfig(bits=3))
+    expected = summary(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    found = summary(model)
+    assert found.tied == expected.tied
+    assert found.weights == expected.weights
+    assert found.stored_bytes == expected.stored_bytes
+
+
 def test_it_is_measured_alike(pair):
     found = []
     for model in pair:

@@ -97,6 +97,12 @@ def test_opcheck():
         (weight.slices, weight.scales, weight.row_scale, weight.gains, None, 6, torch.bfloat16),
         test_utils=tests,
     )
+    slices, low = drop_low(weight.slices, torch.arange(9) % 3 == 0)
+    torch.library.opcheck(
+        ops.dequantize,
+        (slices, weight.scales, weight.row_scale, weight.gains, low, 8, torch.bfloat16),
+        test_utils=tests,
+    )
 
 
 def test_all_channels_skipped():

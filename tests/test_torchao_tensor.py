@@ -162,6 +162,13 @@ def test_stores_no_slice_above_the_highest_level(levels):
         torch.testing.assert_close(F.linear(x, weight), F.linear(x, weight.dequantize()))
 
 
+@pytest.mark.parametrize("level", [-2, 3, 6, 8])
+def test_levels_that_are_not_stored_cannot_be_read(level):
+    weight = GrinqhTensor.from_hp(torch.randn(96, 40), levels=(0, 2, 4))
+    with pytest.raises(ValueError, match=f"level={level}: .* at most 4"):
+        weight.dequantize(level=level)
+
+
 def test_set_bits_and_back_is_bit_identical(weight):
     x = torch.randn(1, 40)
     before = F.linear(x, weight)

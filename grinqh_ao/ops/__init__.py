@@ -58,7 +58,7 @@ def _decode_linears_cuda(
     if _has_triton():
         from grinqh_ao.ops.triton import decode
 
-        if decode.supports(x, slices):
+        if decode.supports(x, slices, lows):
             tensors = zip(
                 slices, scales, row_scales, sensitivities, thresholds, gains, biases, lows,
                 strict=True,

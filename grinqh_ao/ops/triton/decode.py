@@ -48,7 +48,7 @@ class Weight(NamedTuple):
     low: Tensor | None
 
 
-def supports(x: Tensor, slices: Sequence[Tensor]) -> bool:
+def supports(x: Tensor, slices: Sequence[Tensor], lows: Sequence[Tensor | None]) -> bool:
     """Whether there is a kernel for these arguments."""
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -56,6 +56,7 @@ def supports(x: Tensor, slices: Sequence[Tensor]) -> bool:
         and all(s.numel() > 0 for s in slices)
         and all(s[0].numel() < 2**30 for s in slices)  # offsets in bytes have 32 bits
         and len({s.shape[2] for s in slices}) == 1
+        and len({low is None for low in lows}) == 1
         and sum(s.shape[0] for s in slices) <= MOST_TILES
         and 1 <= x.numel() // x.shape[-1] <= MOST_ROWS
         and all(s.device == x.device for s in slices)

@@ -64,7 +64,7 @@ def mean_magnitude(x, sensitivity, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def slices_of(magnitude, thresholds, mean, LEVELS: tl.constexpr):
-    """Slices to read of every channel: ``grading.level_index``, mapped to levels / 2."""
+    """Slices to read of every channel: ``grading.grade``, in slices."""
     STEPS: tl.constexpr = len(LEVELS) - 1
     slices = tl.zeros_like(magnitude).to(tl.int32) + LEVELS[STEPS] // 2
     for j in tl.static_range(STEPS - 1, -1, -1):
