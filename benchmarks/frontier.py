@@ -105,7 +105,10 @@ def thresholds(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dic
         for bits in BITS:
             set_bits(model, bits)
             found = evaluate(model, full)
-            layers = [layer.bits for layer in found.read.layers.values()]
+            kinds: dict[str, list[float]] = {}
+            for layer, reading in found.read.layers.items():
+                kinds.setdefault(layer.rpartition(".")[2], []).append(reading.bits)
+            layers = [bits for every in kinds.values() for bits in every]
             rows.append(
                 {
                     "thresholds": name,
@@ -116,6 +119,7 @@ def thresholds(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dic
                     "KL": found.kl,
                     "median": found.kl_median,
                 }
+                | {kind: sum(every) / len(every) for kind, every in kinds.items()}
             )
             print(*rows[-1].values(), flush=True)
     return rows
