@@ -41,8 +41,9 @@ from grinqh_ao import (
     set_bits,
     token_batches,
 )
-from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.model import quantized_linears
+from grinqh_ao.observing import Observer, observe
+from grinqh_ao.tails import Histogram, common_curves
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 BITS = (3.0, 2.0)
@@ -85,8 +86,11 @@ def thresholds(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dic
         """Bits met in every layer by itself, not in all together."""
 
         def run() -> None:
-            for layer in quantized_linears(model):
-                calibrate_layers(model, [layer], batches, relative=relative, importance=False)
+            layers = list(quantized_linears(model))
+            observers = {weight: Observer(weight, Histogram(relative)) for _, _, weight in layers}
+            observe(model, batches, layers, observers, gradients=False)
+            for weight, observer in observers.items():
+                weight.calibrate(common_curves([observer.histogram], [1], [1.0])[0])
 
         return run
 
