@@ -174,7 +174,7 @@ def check_curve(curve: Tensor, compact: bool = False) -> None:
     if curve.dtype != torch.float32 or curve.dim() != 1 or len(curve) not in lengths:
         raise ValueError(
             f"curve of dtype {curve.dtype} and shape {tuple(curve.shape)}: expected float32 "
-            f"{lengths}"
+            f"{' or '.join(f'[{length}]' for length in lengths)}"
         )
     absolute, relative = curve[:2].tolist()
     if not (
