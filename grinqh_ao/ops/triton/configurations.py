@@ -47,7 +47,7 @@ def most_registers(form: str, rows: int, words: int, block: int, capability: int
         return 128 if words == 32 else 144
     if words == 16:
         return 168
-    return 224 if depth(rows, block) == 2 and 86 <= capability < 90 else None
+    return 224 if depth(rows, block) == 2 and 86 <= capability <= 90 else None
 
 
 def chunk_length(
