@@ -17,8 +17,7 @@ FULL_LEVEL = ALL_LEVELS[-1]
 
 def check_stored_bits(stored_bits: object) -> None:
     """Raises ValueError unless ``stored_bits`` is a size that compact storage can have."""
-    number = isinstance(stored_bits, int | float) and HIGH_LEVEL < stored_bits < FULL_LEVEL
-    if not number:
+    if not (isinstance(stored_bits, int | float) and HIGH_LEVEL < stored_bits < FULL_LEVEL):
         raise ValueError(
             f"stored_bits={stored_bits!r}: expected a number above {HIGH_LEVEL} and below "
             f"{FULL_LEVEL}, or None"
