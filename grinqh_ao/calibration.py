@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grinqh_ao.compact import ChannelUse, check_stored_bits
+from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.grading import check_bits, most_bits
 from grinqh_ao.model import some_quantized_linears
 from grinqh_ao.observing import FIRST_POSITIONS, Batch, Layers, Observer, check_batch, observe
@@ -52,8 +53,9 @@ def calibrate(
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
         data: texts, or a batch or batches of what the model takes: token ids [B, S], or a mapping
             with ``input_ids`` and maybe ``attention_mask`` (whose zeros are not counted). A few
-            hundred tokens are enough. The first 16 positions of a sequence are not counted, but for
-            layers that see only some of the positions, as the experts of a mixture do.
+            hundred tokens are enough, more for the experts of a mixture, each of which sees a part
+            of them. The first 16 positions of a sequence are not counted, but for linear layers
+            that see only some of the positions.
         bits: as in :func:`grinqh_ao.set_bits`; None keeps what each layer aims at now.
         tokenizer: of transformers; needed for texts.
         tokens: how many tokens of the texts to use at most, in sequences of 512.
@@ -66,8 +68,8 @@ def calibrate(
             without it, the thresholds of all layers are the same in units of their average |x|.
         stored_bits: compact storage, above 4 and below 8: levels above 4 are dropped of all
             channels but those that need them most, so that this many bits are stored per weight,
-            scales aside. Cannot be undone. A second pass. Not for output heads, nor for weights
-            without levels 4 and 8.
+            scales aside. Cannot be undone. A second pass. Not for output heads, experts, nor for
+            weights without levels 4 and 8.
 
     Raises:
         TypeError: ``data`` is neither texts nor batches.
@@ -100,6 +102,9 @@ def calibrate_layers(
             check_bits(bits, weight.levels, name=f"bits of {name or 'the layer'}")
         if weight.is_meta:
             raise ValueError(f"{name}: is on the meta device, offloaded or without data")
+    for name, module, _ in layers:
+        if isinstance(module, ExpertLinears) and module.weight.is_meta:
+            raise ValueError(f"{name}: experts are offloaded; calibrate before offloading")
     kept: dict[GrinqhTensor, Tensor] = {}
     if stored_bits is not None:
         check_stored_bits(stored_bits)
@@ -123,7 +128,9 @@ def calibrate_layers(
     for group in [[weight for weight in seen if not weight.min_bits], *heads]:
         if group:
             found = [seen[weight] for weight in group]
-            histograms, sizes = [o.histogram for o in found], [weight.numel() for weight in group]
+            histograms = [o.histogram for o in found]
+            # What a layer reads: outputs times channels times tokens, and not all experts see all.
+            sizes = [w.shape[0] * h.magnitudes for w, h in zip(group, histograms, strict=True)]
             made = common_curves(histograms, sizes, _units(found))
             curves |= dict(zip(group, made, strict=True))
     for name, _, weight in layers:
@@ -133,6 +140,9 @@ def calibrate_layers(
             check_bits(wanted, weight.levels, f"bits of {name or 'the layer'}", most)
     for weight, curve in curves.items():
         weight.calibrate(curve, bits, kept.get(weight))
+    for module in {module for _, module, _ in layers}:
+        if isinstance(module, ExpertLinears):
+            module.restack([weight for _, holder, weight in layers if holder is module])
     if missed := [name for name, _, weight in layers if weight not in seen]:
         logger.warning(
             "%d of %d layers saw no token and keep the formula: %s%s",
@@ -172,8 +182,8 @@ def _channels_to_keep(
     """bool [K] for each weight that can be stored compactly and saw anything."""
     observers = {
         weight: Observer(weight, Histogram(1.0), ChannelUse(weight.shape[1], bits or weight.bits))
-        for _, _, weight in layers
-        if weight.can_be_compact
+        for _, module, weight in layers
+        if weight.can_be_compact and not isinstance(module, ExpertLinears)
     }
     if not observers:
         raise ValueError(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.decode_rule import decoded_together, first_decoded_row
-from grinqh_ao.model import quantized_linears
+from grinqh_ao.experts import ExpertLinears
+from grinqh_ao.model import quantized_modules
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
@@ -24,7 +25,7 @@ class Reading:
     the highest level any of them asks for, and count as one token.
 
     Attributes:
-        weights: number of weights.
+        weights: number of weights; of experts, of those that a token is routed to.
         code_bits: bits of codes read, per token.
         scale_bits: bits of scales read, per token.
         padding_bits: bits of codes read per token for outputs that only pad a tile.
@@ -61,7 +62,7 @@ class Reading:
 
     @property
     def stored_bits(self) -> float:
-        """Bits stored per weight, everything included."""
+        """Bits stored per weight, everything included; of experts, per weight that is read."""
         return 8 * self.stored_bytes / self.weights
 
 
@@ -78,40 +79,45 @@ class _Counter:
     storage: int
     is_head: bool
     tokens: int = 0
+    rows: int = 0  # more than tokens where each is routed to several experts
     tokens_with_gradient: int = 0
 
     @classmethod
     def of(cls, weight: GrinqhTensor) -> _Counter:
-        read_once = [
-            weight.row_scale,
-            weight.sensitivity,
-            weight.thresholds,
-            weight.gains,
-            weight.low,
-        ]
+        one = weight[0] if weight.dim() == 3 else weight
+        read_once = [one.row_scale, one.sensitivity, one.thresholds, one.gains, one.low]
         return cls(
             counts=torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device),
             levels=weight.levels,
-            shape=(weight.shape[0], weight.shape[1]),
-            padded_outputs=weight.slices.shape[0] * weight.tile,
+            shape=(one.shape[0], one.shape[1]),
+            padded_outputs=one.slices.shape[0] * one.tile,
             bytes_per_call=sum(tensor.nbytes for tensor in read_once if tensor is not None),
             stored_bytes=weight.stored_bytes,
             storage=weight.slices.data_ptr(),
             is_head=weight.min_bits > 0,
         )
 
+    def add(self, bits: Tensor, tokens: int) -> None:
+        """Counts the levels [rows, K] that were read of a weight."""
+        # Not bincount(), which waits for the device.
+        self.counts += torch.stack([(bits == level).sum() for level in self.levels])
+        self.rows += len(bits)
+        self.tokens += tokens
+
     def reading(self) -> Reading:
         n, k = self.shape
+        routed = self.rows / self.tokens
         per_token = [count / self.tokens for count in self.counts.tolist()]
         channels = dict(zip(self.levels, per_token, strict=True))
         active = sum(count for level, count in channels.items() if level)
         bits = sum(level * count for level, count in channels.items())
         return Reading(
-            weights=n * k,
+            weights=round(n * k * routed),
             code_bits=bits * n,
-            scale_bits=8 * (active * self.padded_outputs / SCALE_GROUP + self.bytes_per_call),
+            scale_bits=8
+            * (active * self.padded_outputs / SCALE_GROUP + self.bytes_per_call * routed),
             padding_bits=bits * (self.padded_outputs - n),
-            shares={level: count / k for level, count in channels.items()},
+            shares={level: count / (k * routed) for level, count in channels.items()},
             stored_bytes=self.stored_bytes,
         )
 
@@ -217,9 +223,10 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     """
     measurement = Measurement()
     handles = []
-    for name, module, weight in quantized_linears(model):
+    for name, module, weight in quantized_modules(model):
         counter = measurement._counters[name] = _Counter.of(weight)
-        hook = functools.partial(_count, counter, weight)
+        count = _count_experts if isinstance(module, ExpertLinears) else _count
+        hook = functools.partial(count, counter, weight)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     if not handles:
         raise ValueError(f"model={type(model).__name__}: no layer is quantized, nothing to measure")
@@ -248,6 +255,26 @@ def _count(
     bits = weight.grade(rows.to(weight.device)).flatten(0, -2)  # it may be offloaded
     if decoded_together():
         bits = bits.amax(0, keepdim=True)
-    # Not bincount(), which waits for the device.
-    counter.counts += torch.stack([(bits == level).sum() for level in counter.levels])
-    counter.tokens += len(bits)
+    counter.add(bits, tokens=len(bits))
+
+
+def _count_experts(
+    counter: _Counter,
+    weights: GrinqhTensor,
+    module: ExpertLinears,
+    args: tuple[Tensor, Tensor],
+    kwargs: dict[str, Tensor],
+) -> None:
+    x, experts = args
+    start = module.first_decoded_token(x)
+    if start is None:
+        return
+    if x.requires_grad and torch.is_grad_enabled():
+        counter.tokens_with_gradient += 1
+        return
+    experts = experts[start:]
+    rows = x.detach()[start:].expand(*experts.shape, -1)
+    for expert in experts.unique().tolist():
+        bits = weights[expert].grade(rows[experts == expert].to(weights.device))
+        counter.add(bits, tokens=0)
+    counter.tokens += len(experts)

@@ -11,19 +11,33 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
-def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, GrinqhTensor]]:
-    """Yields (name, module, weight) of every linear layer with a quantized weight.
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, GrinqhTensor]]:
+    """Yields (name, module, weight) of linear layers and experts with a quantized weight.
 
     Of a layer that accelerate has offloaded it is the weight with data, which is not the module's.
     """
     known: dict[int, GrinqhTensor] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear) and isinstance(weight, GrinqhTensor):
+        if isinstance(module, nn.Linear | ExpertLinears) and isinstance(weight, GrinqhTensor):
             yield name, module, _with_data(module, weight, known)
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, GrinqhTensor]]:
+    """As :func:`quantized_modules`, but of a mixture every expert is a layer.
+
+    Its weight is a part of its module's, on the same memory.
+    """
+    for name, module, weight in quantized_modules(model):
+        if isinstance(module, ExpertLinears):
+            for expert, one in enumerate(weight.unbind()):
+                yield f"{name}.{expert}", module, one
+        else:
+            yield name, module, weight
 
 
 def _with_data(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from grinqh_ao.codec import decode_scales
 from grinqh_ao.compact import ChannelUse
+from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.tails import Histogram
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -20,6 +21,7 @@ from grinqh_ao.torchao_tensor import GrinqhTensor
 FIRST_POSITIONS = 16
 
 Batch = Tensor | Mapping[str, Any]
+# As model.quantized_linears gives them.
 Layers = list[tuple[str, nn.Module, GrinqhTensor]]
 
 
@@ -92,12 +94,19 @@ def observe(
     """
     positions = _Positions()
     handles = []
+    of_experts: dict[nn.Module, list[Observer]] = {}
     for _, module, weight in layers:
+        if isinstance(module, ExpertLinears):
+            of_experts.setdefault(module, []).append(observers[weight])
+            continue
         before = functools.partial(positions.see, observers[weight])
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if gradients:
             after = functools.partial(positions.follow, observers[weight])
             handles.append(module.register_forward_hook(after))
+    for module, experts in of_experts.items():
+        after = functools.partial(positions.see_experts, experts)
+        handles.append(module.register_forward_hook(after))
     # Of a model that is offloaded as a whole accelerate moves the inputs.
     device = next((p.device for p in model.parameters() if not p.is_meta), None)
     modes = _backward_pass(model) if gradients else torch.no_grad()
@@ -190,6 +199,33 @@ class _Positions:
 
         def add(gradient: Tensor) -> None:
             observer.see_gradient(self.rows(gradient, counted))
+
+        if y.requires_grad:
+            y.register_hook(add)
+
+    def see_experts(
+        self,
+        observers: list[Observer],
+        module: nn.Module,
+        args: tuple[Tensor, Tensor],
+        y: Tensor,
+    ) -> None:
+        """Rows by expert: x [T, R or 1, K], experts [T, R], y [T, R, N]."""
+        x, experts = args[0].detach(), args[1]
+        x = x.expand(*experts.shape, -1)
+        counted, everything = (
+            (which.flatten() if which.numel() == len(x) else torch.ones(len(x), dtype=torch.bool))
+            .to(x.device)[:, None]
+            .expand_as(experts)
+            for which in (self._counted, ~self._padding)
+        )
+        for expert, observer in enumerate(observers):
+            here = experts == expert
+            observer.see(x[here & counted], x[here & everything])
+
+        def add(gradient: Tensor) -> None:
+            for expert, observer in enumerate(observers):
+                observer.see_gradient(gradient[(experts == expert) & counted])
 
         if y.requires_grad:
             y.register_hook(add)

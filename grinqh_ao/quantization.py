@@ -19,6 +19,7 @@ from tqdm import tqdm
 from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
+from grinqh_ao.experts import ExpertLinears, expert_parameters, put_experts
 from grinqh_ao.model import by_type, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
 from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
@@ -40,10 +41,11 @@ def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None
         TypeError: the filter selected something that is no linear layer.
         ValueError: a weight is not finite or has no data; nothing has been changed.
     """
-    if isinstance(module._parameters.get(parameter_name), GrinqhTensor):
+    if isinstance(getattr(module, parameter_name, None), GrinqhTensor | ExpertLinears):
         return
     call = enclosing_call(config) or QuantizeCall(module, config, None)
-    if call.by_name and (parameter_name != "weight" or not isinstance(module, nn.Linear)):
+    is_linear = parameter_name == "weight" and isinstance(module, nn.Linear)
+    if call.by_name and not is_linear and parameter_name not in expert_parameters(module):
         _say_what_cannot_be_served(call, module, parameter_name)
         return
     if _left_dense.pop(module, None) == call.key:
@@ -77,7 +79,11 @@ def _quantize(call: QuantizeCall) -> None:
     if todo:
         after = summary(call.model)
         for line in by_type(after.dense, but=("Linear", "Embedding")):
-            logger.warning("GrinqhConfig quantizes nn.Linear layers; left dense: %s", line)
+            logger.warning(
+                "GrinqhConfig quantizes nn.Linear layers and experts in transformers' form; "
+                "left dense: %s",
+                line,
+            )
         logger.info("%s", after)
 
 
@@ -91,7 +97,12 @@ def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:
     batches: dict[int, list[Any]] = {}  # several groups may share what can be read but once
     for (shared, stored_bits), group in alike.items():
         names = {layer.name for layer in group}
-        found = [entry for entry in quantized_linears(model) if entry[0] in names]
+        found = [
+            entry
+            for entry in quantized_linears(model)
+            if (entry[0].rpartition(".")[0] if isinstance(entry[1], ExpertLinears) else entry[0])
+            in names
+        ]
         try:
             data = batches.setdefault(shared, []) or list(group[0].config._calibration)
             batches[shared] = data
@@ -110,7 +121,7 @@ def _plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
                 f"calibration: {layer} is quantized without the model around it; "
                 "leave calibration out and call calibrate(model, ...) afterwards"
             )
-        if not isinstance(layer.module, nn.Linear):
+        if not isinstance(layer.module, nn.Linear) and not layer.holds_experts:
             raise TypeError(
                 f"{layer}: filter_fn selected a {type(layer.module).__name__}; "
                 "GrinqhConfig quantizes nn.Linear layers"
@@ -145,19 +156,30 @@ def _plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
 
 
 def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) -> None:
-    weight, config = layer.weight, layer.config
+    weight = layer.weight
     if weight is None or isinstance(weight, GrinqhTensor):  # tied to one done before
         return
+    nested = nested_weight(weight.to(device or weight.device), layer.config, is_head)
+    holders = owners.pop(weight)  # lets go of the dense weight
+    if layer.holds_experts:
+        put_experts(layer.module, layer.parameter, nested)
+        return
+    parameter = nn.Parameter(nested, requires_grad=False)
+    for _, holder in holders:
+        holder.weight = parameter  # tied modules stay tied
+        show_in_repr(holder)
+
+
+def nested_weight(dense: Tensor, config: GrinqhConfig, is_head: bool) -> GrinqhTensor:
+    """The weight [N, K], or experts' weights [E, N, K], quantized as ``config`` says."""
     min_bits = 0.0
     if is_head and config.head_bits is not None:
         min_bits = float(min(config.head_bits, config.levels[-1]))
-    dense = weight.to(device or weight.device)
-    nested = GrinqhTensor.from_hp(dense, config.bits, config.levels, min_bits)
-    parameter = nn.Parameter(nested, requires_grad=False)
-    for _, holder in owners.pop(weight):  # pop: lets go of the dense weight
-        holder.weight = parameter  # tied modules stay tied
-        if isinstance(holder, nn.Linear):
-            holder.extra_repr = _ExtraRepr(holder)  # type: ignore[method-assign]
+    experts: list[GrinqhTensor] = [
+        GrinqhTensor.from_hp(weight, config.bits, config.levels, min_bits)
+        for weight in (dense if dense.dim() == 3 else [dense])
+    ]
+    return GrinqhTensor.stack(experts) if dense.dim() == 3 else experts[0]
 
 
 def _why_dense(layer: Layer, selected: dict[nn.Module, Layer], owners: Owners) -> str:
@@ -174,6 +196,8 @@ def _why_dense(layer: Layer, selected: dict[nn.Module, Layer], owners: Owners) -
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}"
     for name, owner in owners[weight]:
+        if owner is layer.module:
+            continue
         if isinstance(owner, nn.Embedding):
             if owner.max_norm is not None:
                 return f"it shares its weight with {name}, an embedding that changes it (max_norm)"
@@ -208,6 +232,12 @@ def _say_what_cannot_be_served(call: QuantizeCall, module: nn.Module, parameter_
             parameter,
             type(module).__name__,
         )
+
+
+def show_in_repr(module: nn.Module) -> None:
+    """Lets ``print(model)`` say how a linear layer's weight is quantized."""
+    if isinstance(module, nn.Linear):
+        module.extra_repr = _ExtraRepr(module)  # type: ignore[method-assign]
 
 
 class _ExtraRepr:

@@ -18,19 +18,30 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
 
 from grinqh_ao.config import GrinqhConfig
+from grinqh_ao.experts import expert_parameters
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A module that ``quantize_`` selected."""
+    """A linear layer that ``quantize_`` selected, or those of all experts of a mixture.
+
+    Attributes:
+        name: of the module; of experts, of the parameter that holds them.
+        parameter: of the module. Not "weight", for experts.
+    """
 
     name: str
     module: nn.Module
     config: GrinqhConfig
+    parameter: str = "weight"
 
     @property
     def weight(self) -> Tensor | None:
-        return self.module._parameters.get("weight")
+        return self.module._parameters.get(self.parameter)
+
+    @property
+    def holds_experts(self) -> bool:
+        return self.parameter != "weight"
 
     def __str__(self) -> str:
         if self.name or not isinstance(self.module, nn.Linear):
@@ -94,18 +105,37 @@ def _by_filter(
     def walk(module: nn.Module, name: str) -> Iterator[Layer]:
         if filter_fn(module, name):
             yield Layer(name, module, config)
-        else:  # as TorchAO, which does not look inside what it selects
-            for child_name, child in module.named_children():
-                yield from walk(child, f"{name}.{child_name}" if name else child_name)
+            return  # as TorchAO, which does not look inside what it selects
+        for parameter, full_name, linear in _experts(module, name):
+            if filter_fn(linear, full_name):
+                yield Layer(full_name, module, config, parameter)
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
-    yield from {layer.module: layer for layer in walk(model, "")}.values()
+    yield from {(layer.module, layer.parameter): layer for layer in walk(model, "")}.values()
 
 
 def _by_name(model: nn.Module, config: FqnToConfig) -> Iterator[Layer]:
     for name, module in model.named_modules():
-        found = _config_for(module, name, config.fqn_to_config)
-        if isinstance(module, nn.Linear) and isinstance(found, GrinqhConfig):
-            yield Layer(name, module, found)
+        if isinstance(module, nn.Linear):
+            found = _config_for(module, name, config.fqn_to_config)
+            if isinstance(found, GrinqhConfig):
+                yield Layer(name, module, found)
+        for parameter, full_name, linear in _experts(module, name):
+            found = _config_for(linear, full_name, config.fqn_to_config)
+            if isinstance(found, GrinqhConfig):
+                yield Layer(full_name, module, found, parameter)
+
+
+def _experts(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Linear]]:
+    """Of parameters with experts: their names, and a linear layer like one of them.
+
+    Filters and patterns are written for linear layers: that one is what they are asked about.
+    """
+    for parameter in expert_parameters(module):
+        _, out_features, in_features = module._parameters[parameter].shape  # type: ignore[union-attr]
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+        yield parameter, f"{name}.{parameter}" if name else parameter, linear
 
 
 def _config_for(module: nn.Module, name: str, configs: dict[str, Any]) -> Any:

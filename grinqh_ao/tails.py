@@ -74,6 +74,12 @@ def measured(shares: Sequence[float], everything: float = 1.0) -> Tail:
     return tail
 
 
+def formula_curve() -> Tensor:
+    """float32 [2 + POINTS]: the curve that says of a layer what :func:`laplace` does."""
+    points = [laplace(2.0 ** (LOWEST + i / PER_OCTAVE)) for i in range(POINTS)]
+    return torch.tensor([0.0, 1.0, *points], dtype=torch.float32)
+
+
 class Histogram:
     """Counts of u in one layer, in the bins between a curve's points.
 
@@ -113,6 +119,11 @@ class Histogram:
     def empty(self) -> bool:
         return self.average is None
 
+    @property
+    def magnitudes(self) -> int:
+        """How many were counted."""
+        return int(self.counts[0].sum())
+
     def weights(self, steps: int) -> Tensor:
         """float64 [2]: of the layer's average and of the token's mean in u / 2**(steps / 8)."""
         assert self.average is not None
@@ -132,13 +143,13 @@ class Histogram:
 
 
 def common_curves(
-    histograms: Sequence[Histogram], sizes: Sequence[int], units: Sequence[float]
+    histograms: Sequence[Histogram], sizes: Sequence[float], units: Sequence[float]
 ) -> list[Tensor]:
     """float32 [2 + POINTS], or [2 + 2 * POINTS], for each layer, on the CPU.
 
     Args:
         histograms: what each layer saw; none of them empty.
-        sizes: number of weights of the layers, by which their shares count.
+        sizes: by which the layers' shares count.
         units: what thresholds are to be in proportion to, layer by layer, beside each layer's own
             activations. Rounded to points of the curve.
     """

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from grinqh_ao import ops
@@ -47,13 +46,14 @@ from grinqh_ao.slices import (
 )
 from grinqh_ao.tails import check_curve
 
-aten = torch.ops.aten
-
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class GrinqhTensor(TorchAOBaseTensor):
     """A weight [N, K] stored once as nested codes, read at 0, 2, 4, 6 or 8 bits per channel.
+
+    Or a stack [E, N, K] of such weights, those of the experts of a mixture: then all tensor data
+    have a first dimension E, and ``stack[e]`` is one of them, on the same memory.
 
     Up to 8 rows of activations go to ``grinqh::decode_linear``, which chooses the level of every
     channel from them. More rows, and inputs that want gradients, take the dense path: the weight
@@ -105,7 +105,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         curve: Tensor | None = None,
         low: Tensor | None = None,
     ) -> GrinqhTensor:
-        shape = (row_scale.shape[0], scales.shape[1])
+        shape = (*row_scale.shape, scales.shape[-2])
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, device=slices.device, dtype=dtype, requires_grad=False
         )
@@ -246,17 +246,20 @@ class GrinqhTensor(TorchAOBaseTensor):
     @property
     def bits(self) -> float:
         """Average bits per weight that the thresholds aim at. Waits for the device."""
+        if self.dim() == 3:
+            every: list[float] = [weight.bits for weight in self.unbind()]
+            return sum(every) / len(every)
         return bits_of(self.thresholds, self.levels, self.curve)
 
     @property
     def tile(self) -> int:
         """Outputs per tile."""
-        return self.slices.shape[2] * FIELDS_PER_WORD
+        return self.slices.shape[-1] * FIELDS_PER_WORD
 
     def dequantize(
         self, output_dtype: torch.dtype | None = None, level: int | None = None
     ) -> Tensor:
-        """The dense weight [N, K] as read at ``level`` (default: the highest).
+        """The dense weight, [N, K] or [E, N, K], as read at ``level`` (default: the highest).
 
         Raises:
             ValueError: ``level`` is none, or more than is stored.
@@ -266,6 +269,8 @@ class GrinqhTensor(TorchAOBaseTensor):
             raise ValueError(
                 f"level={level!r}: expected one of {ALL_LEVELS}, at most {self.levels[-1]}"
             )
+        if self.dim() == 3:
+            return torch.stack([weight.dequantize(output_dtype, level) for weight in self.unbind()])
         return ops.dequantize(
             self.slices,
             self.scales,
@@ -278,6 +283,8 @@ class GrinqhTensor(TorchAOBaseTensor):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear(x, self, bias)``: x [..., K] -> [..., N] in the dtype of ``x``."""
+        if self.dim() != 2:
+            raise ValueError(f"weight of shape {tuple(self.shape)}: expected [out, in], one expert")
         if x.shape[-1] != self.shape[1]:
             raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {self.shape[1]}]")
         if not x.is_floating_point():
@@ -361,11 +368,31 @@ class GrinqhTensor(TorchAOBaseTensor):
         return weight.to(self.dtype).view(*indices.shape, -1)
 
     @property
+    def data_names(self) -> list[str]:
+        """Names of the tensor data that there is."""
+        names: list[str] = self.__tensor_flatten__()[0]
+        return names
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of everything stored for this weight."""
-        names = self.tensor_data_names + self.optional_tensor_data_names
-        data = [getattr(self, name) for name in names]
-        return sum(tensor.nbytes for tensor in data if tensor is not None)
+        return sum(getattr(self, name).nbytes for name in self.data_names)
+
+    def with_data(
+        self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
+    ) -> GrinqhTensor:
+        """A tensor like this one, of ``function`` of all its tensor data."""
+        data: dict[str, Any] = {name: function(getattr(self, name)) for name in self.data_names}
+        attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
+        return GrinqhTensor(**data, **(attributes | {"dtype": dtype or self.dtype}))
+
+    @classmethod
+    def stack(cls, weights: Sequence[GrinqhTensor]) -> GrinqhTensor:
+        """Weights [N, K] with the same levels and data as one [E, N, K]."""
+        names = weights[0].data_names
+        data: dict[str, Any] = {n: torch.stack([getattr(w, n) for w in weights]) for n in names}
+        attributes = {name: getattr(weights[0], name) for name in cls.tensor_attribute_names}
+        return cls(**data, **attributes)
 
     def _quantization_type(self) -> str:  # what TorchAO asks for
         compact = "" if self.low is None else ", compact"
@@ -374,8 +401,7 @@ class GrinqhTensor(TorchAOBaseTensor):
     def _stable_hash_for_caching(self) -> str:
         # Everything a compiled graph depends on. Names and shapes of the inner tensors too: compact
         # storage differs in them, and graphs of another version of this class may lie on disk.
-        names = self.__tensor_flatten__()[0]
-        inner = ",".join(f"{name}{tuple(getattr(self, name).shape)}" for name in names)
+        inner = ",".join(f"{name}{tuple(getattr(self, name).shape)}" for name in self.data_names)
         return f"{inner};{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype}"
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -387,80 +413,6 @@ class GrinqhTensor(TorchAOBaseTensor):
 
 def _wants_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
-Op = Callable[..., Any]
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, GrinqhTensor):
-        raise TypeError("a GrinqhTensor can be the weight of a linear layer, not its input or bias")
-    return weight.linear(input, bias)
-
-
-@GrinqhTensor.implements(aten.linear.default)
-@GrinqhTensor.implements_torch_function(F.linear)
-def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    return _linear(*args, **kwargs)
-
-
-@GrinqhTensor.implements(aten.embedding.default)
-def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    weight, indices = args[:2]  # the rest only matters for gradients
-    rows: Tensor = weight.embedding(indices)
-    return rows
-
-
-@GrinqhTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
-def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    # Nested codes have no transposed form; a dense one is right for whatever product follows.
-    weight, *rest = args
-    transposed: Tensor = func(weight.dequantize(), *rest, **kwargs)
-    return transposed
-
-
-@GrinqhTensor.implements(aten._to_copy.default)
-def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    # .to(device) moves everything; .to(dtype) changes what the tensor presents itself as.
-    weight = args[0]
-    dtype = kwargs.get("dtype") or weight.dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype={dtype}: a GrinqhTensor can present itself as floating point only")
-
-    def move(data: Tensor) -> Tensor:
-        return data.to(kwargs.get("device"), copy=True)
-
-    new = GrinqhTensor(
-        move(weight.slices),
-        move(weight.scales),
-        move(weight.row_scale),
-        move(weight.sensitivity),
-        move(weight.thresholds),
-        move(weight.gains),
-        weight.levels,
-        weight.min_bits,
-        dtype,
-        None if weight.curve is None else move(weight.curve),
-        None if weight.low is None else move(weight.low),
-    )
-    aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
-    return aliased
-
-
-_copy_same_type = GrinqhTensor._ATEN_OP_TABLE[GrinqhTensor][aten.copy_.default]
-
-
-@GrinqhTensor.implements(aten.copy_.default)
-def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    if not all(isinstance(tensor, GrinqhTensor) for tensor in args[:2]):
-        raise TypeError(
-            f"cannot copy a {type(args[1]).__name__} into a {type(args[0]).__name__} in place; "
-            "load_state_dict(..., assign=True) replaces the weight instead"
-        )
-    copied: Tensor = _copy_same_type(func, types, args, kwargs)
-    return copied
 
 
 torch.serialization.add_safe_globals([GrinqhTensor])

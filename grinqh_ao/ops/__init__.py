@@ -27,6 +27,14 @@ _library.define(
     "Tensor?[] lows, int[] levels) -> Tensor[]"
 )
 _library.define(
+    "decode_experts(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor row_scale, "
+    "Tensor sensitivity, Tensor thresholds, Tensor gains, int[] levels) -> Tensor"
+)
+_library.define(
+    "dense_experts(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor row_scale, "
+    "Tensor gains, int level) -> Tensor"
+)
+_library.define(
     "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, Tensor? low, "
     "int level, ScalarType dtype) -> Tensor"
 )
@@ -34,6 +42,8 @@ _library.define(
 # The oracle is plain PyTorch: it serves every device that has no kernel of its own.
 _library.impl("decode_linear", oracle.decode_linear, "CompositeExplicitAutograd")
 _library.impl("decode_linears", oracle.decode_linears, "CompositeExplicitAutograd")
+_library.impl("decode_experts", oracle.decode_experts, "CompositeExplicitAutograd")
+_library.impl("dense_experts", oracle.dense_experts, "CompositeExplicitAutograd")
 _library.impl("dequantize", oracle.dequantize, "CompositeExplicitAutograd")
 
 
@@ -150,6 +160,19 @@ def _(
     return [x.new_empty(*x.shape[:-1], row_scale.shape[0]) for row_scale in row_scales]
 
 
+@torch.library.register_fake("grinqh::decode_experts")
+@torch.library.register_fake("grinqh::dense_experts")
+def _(
+    x: Tensor,
+    experts: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    *rest: object,
+) -> Tensor:
+    return x.new_empty(x.shape[0], row_scale.shape[1])
+
+
 @torch.library.register_fake("grinqh::dequantize")
 def _(
     slices: Tensor,
@@ -165,4 +188,6 @@ def _(
 
 decode_linear: Callable[..., Tensor] = torch.ops.grinqh.decode_linear.default
 decode_linears: Callable[..., list[Tensor]] = torch.ops.grinqh.decode_linears.default
+decode_experts: Callable[..., Tensor] = torch.ops.grinqh.decode_experts.default
+dense_experts: Callable[..., Tensor] = torch.ops.grinqh.dense_experts.default
 dequantize: Callable[..., Tensor] = torch.ops.grinqh.dequantize.default

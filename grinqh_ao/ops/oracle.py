@@ -104,6 +104,72 @@ def decode_linears(
     ]
 
 
+def decode_experts(
+    x: Tensor,
+    experts: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    sensitivity: Tensor,
+    thresholds: Tensor,
+    gains: Tensor,
+    levels: Sequence[int],
+) -> Tensor:
+    """:func:`decode_linear` of single rows, each with an expert's weight out of a stack of them.
+
+    Only what rows are routed to is read. Rows share nothing, even those of the same expert.
+
+    Args:
+        x: [S, K].
+        experts: int64 [S], which weight each row is multiplied with.
+        slices, scales, row_scale, sensitivity, thresholds, gains: as above, stacked: [E, ...].
+
+    Returns:
+        [S, N] in the dtype of ``x``.
+    """
+    y = x.new_empty(len(x), row_scale.shape[1])
+    for row, expert in enumerate(experts.tolist()):
+        y[row] = decode_linear(
+            x[row],
+            slices[expert],
+            scales[expert],
+            row_scale[expert],
+            sensitivity[expert],
+            thresholds[expert],
+            gains[expert],
+            None,
+            None,
+            levels,
+        )
+    return y
+
+
+def dense_experts(
+    x: Tensor,
+    experts: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    gains: Tensor,
+    level: int,
+) -> Tensor:
+    """What :func:`decode_experts` computes if all is read at one level; arguments as above.
+
+    Beside the result, it takes memory for one expert's dense weight.
+    """
+    y = x.new_empty(len(x), row_scale.shape[1])
+    order = experts.argsort(stable=True)
+    counts = experts.bincount(minlength=len(slices)).tolist()
+    for expert, rows in enumerate(order.split(counts)):
+        if len(rows):
+            dense = torch.ops.grinqh.dequantize(
+                slices[expert], scales[expert], row_scale[expert], gains[expert], None, level,
+                x.dtype,
+            )  # fmt: skip
+            y[rows] = x[rows] @ dense.t()
+    return y
+
+
 def dequantize(
     slices: Tensor,
     scales: Tensor,

@@ -1,0 +1,101 @@
+"""The ATen ops that a GrinqhTensor answers to, beyond those its base class knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from grinqh_ao.torchao_tensor import GrinqhTensor
+
+aten = torch.ops.aten
+
+Op = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, GrinqhTensor):
+        raise TypeError("a GrinqhTensor can be the weight of a linear layer, not its input or bias")
+    return weight.linear(input, bias)
+
+
+@GrinqhTensor.implements(aten.linear.default)
+@GrinqhTensor.implements_torch_function(F.linear)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    return _linear(*args, **kwargs)
+
+
+@GrinqhTensor.implements(aten.embedding.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    weight, indices = args[:2]  # the rest only matters for gradients
+    rows: Tensor = weight.embedding(indices)
+    return rows
+
+
+@GrinqhTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    # Nested codes have no transposed form; a dense one is right for whatever product follows.
+    weight, *rest = args
+    transposed: Tensor = func(weight.dequantize(), *rest, **kwargs)
+    return transposed
+
+
+@GrinqhTensor.implements(aten.select.int)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
+    stack, dim, index = args
+    if stack.dim() != 3 or dim not in (0, -3):
+        raise TypeError(
+            f"select(dim={dim}) of a GrinqhTensor of shape {tuple(stack.shape)}: only single "
+            "experts can be taken out of a stack of them"
+        )
+    expert: GrinqhTensor = stack.with_data(lambda data: data.select(0, index))
+    return expert
+
+
+@GrinqhTensor.implements(aten.unbind.int)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> list[Tensor]:
+    return [args[0].select(0, index) for index in range(len(args[0]))]
+
+
+@GrinqhTensor.implements(
+    [aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.add.Tensor, aten.sub.Tensor]
+)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    # What adapters do to merge.
+    raise TypeError(
+        f"{func}: nested codes cannot be added to; merge adapters into the full-precision model "
+        "and quantize that, or take weight.dequantize()"
+    )
+
+
+@GrinqhTensor.implements(aten._to_copy.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    # .to(device) moves everything; .to(dtype) changes what the tensor presents itself as.
+    weight = args[0]
+    dtype = kwargs.get("dtype") or weight.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype}: a GrinqhTensor can present itself as floating point only")
+
+    new = weight.with_data(lambda data: data.to(kwargs.get("device"), copy=True), dtype)
+    aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
+    return aliased
+
+
+_copy_same_type = GrinqhTensor._ATEN_OP_TABLE[GrinqhTensor][aten.copy_.default]
+
+
+@GrinqhTensor.implements(aten.copy_.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    if not all(isinstance(tensor, GrinqhTensor) for tensor in args[:2]):
+        raise TypeError(
+            f"cannot copy a {type(args[1]).__name__} into a {type(args[0]).__name__} in place; "
+            "load_state_dict(..., assign=True) replaces the weight instead"
+        )
+    copied: Tensor = _copy_same_type(func, types, args, kwargs)
+    return copied

@@ -1,0 +1,229 @@
+"""What a GrinqhTensor is in a file: named plain tensors, and whether they are what they claim.
+
+docs/format.md describes the format byte by byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.grading import check_levels
+from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_SLICES, TILE_WIDTHS
+from grinqh_ao.tails import check_curve
+from grinqh_ao.torchao_tensor import GrinqhTensor
+
+FORMAT_VERSION = 1
+
+# What follows the name of a weight. Slices take the weight's own name: where nothing knows of this
+# package, they do not fit there, and loading fails rather than leave the weight random.
+SUFFIXES = {"slices": ""} | {
+    name: f"_{name}"
+    for name in (*GrinqhTensor.tensor_data_names, *GrinqhTensor.optional_tensor_data_names)
+    if name != "slices"
+}
+_DTYPES = {
+    "slices": torch.int32,
+    "scales": torch.uint8,
+    "row_scale": torch.bfloat16,
+    "sensitivity": torch.bfloat16,
+    "thresholds": torch.float32,
+    "gains": torch.float32,
+    "curve": torch.float32,
+    "low": torch.int32,
+}
+
+
+class Stored(Protocol):
+    """A tensor, or one that is still in a file."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, index: Any, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a weight needs to be read, beside its tensors."""
+
+    levels: tuple[int, ...]
+    min_bits: float
+
+    @classmethod
+    def of(cls, weight: GrinqhTensor) -> Attributes:
+        return cls(weight.levels, weight.min_bits)
+
+    @classmethod
+    def checked(cls, levels: object, min_bits: object, where: str) -> Attributes:
+        """Raises ValueError for what no weight has."""
+        try:
+            found = check_levels(levels)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        number = isinstance(min_bits, int | float) and not isinstance(min_bits, bool)
+        if not number or not 0 <= min_bits <= found[-1]:  # type: ignore[operator]
+            raise ValueError(
+                f"{where}: min_bits={min_bits!r}: expected a number from 0 to {found[-1]}"
+            )
+        return cls(found, float(min_bits))  # type: ignore[arg-type]
+
+
+def to_tensors(weight: GrinqhTensor) -> dict[str, Tensor]:
+    """Suffix -> tensor: what is stored of ``weight``, beside its attributes."""
+    return {SUFFIXES[name]: getattr(weight, name) for name in weight.data_names}
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor],
+    shape: Sequence[int],
+    attributes: Attributes,
+    dtype: torch.dtype,
+    where: str,
+) -> GrinqhTensor:
+    """The weight that :func:`to_tensors` took apart.
+
+    Raises:
+        ValueError: see :func:`check`.
+    """
+    check(tensors, shape, attributes, where)
+    data: dict[str, Any] = {name: tensors.get(suffix) for name, suffix in SUFFIXES.items()}
+    return GrinqhTensor(
+        **data, levels=attributes.levels, min_bits=attributes.min_bits, dtype=dtype
+    )
+
+
+def check(
+    tensors: Mapping[str, Stored], shape: Sequence[int], attributes: Attributes, where: str
+) -> None:
+    """Refuses what kernels could not read, or would read past the end of.
+
+    Args:
+        tensors: by suffix.
+        shape: of the weight, [N, K] or [E, N, K].
+        where: the file and the layer, for messages.
+
+    Raises:
+        ValueError: a tensor is missing or unknown, or has the wrong dtype, shape or values.
+    """
+    names = {suffix: name for name, suffix in SUFFIXES.items()}
+    for suffix in tensors:
+        if suffix not in names:
+            raise ValueError(f"{where}: tensor {suffix!r}: unknown, expected {list(names)}")
+    found = {names[suffix]: tensor for suffix, tensor in tensors.items()}
+    for name in GrinqhTensor.tensor_data_names:
+        if name not in found:
+            raise ValueError(f"{where}: {name}: missing")
+    for name, tensor in found.items():
+        if tensor.dtype != _DTYPES[name]:
+            raise ValueError(
+                f"{where}: {name}: has dtype {tensor.dtype}, expected {_DTYPES[name]}"
+            )
+    _check_shapes({name: tuple(t.shape) for name, t in found.items()}, shape, attributes, where)
+    for name in set(_RULES) & set(found):
+        values = found[name][...]
+        if not values.is_meta and (problem := _RULES[name](values)):
+            raise ValueError(f"{where}: {name}: {problem}")
+    if "low" in found:
+        kept = (found["slices"].shape[-2] - HIGH_SLICES * shape[-1]) // HIGH_SLICES
+        _check_low(found["low"][...], kept, where)
+    if "curve" in found:
+        curves = found["curve"][...]
+        for curve in curves if curves.dim() == 2 else [curves]:
+            try:
+                check_curve(curve, compact="low" in found)
+            except ValueError as error:
+                raise ValueError(f"{where}: curve: {error}") from None
+
+
+def _check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    shape: Sequence[int],
+    attributes: Attributes,
+    where: str,
+) -> None:
+    *experts, n, k = shape
+    slices = found["slices"]
+    if len(slices) != len(shape) + 1 or slices[-1] * FIELDS_PER_WORD not in TILE_WIDTHS:
+        words = [tile // FIELDS_PER_WORD for tile in TILE_WIDTHS]
+        raise ValueError(
+            f"{where}: slices: has shape {slices}, expected {len(shape) + 1} dimensions, the last "
+            f"one of {words}"
+        )
+    words = slices[-1]
+    tile = words * FIELDS_PER_WORD
+    tiles = -(-n // tile)
+    lines = attributes.levels[-1] // 2 * k
+    if "low" in found:
+        # As many as there are; they are counted with the values of low.
+        least = HIGH_SLICES * k
+        if experts or attributes.levels[-1] != 8 or attributes.min_bits:
+            raise ValueError(
+                f"{where}: low: only weights with levels up to 8 that are neither experts nor an "
+                "output head are stored compactly"
+            )
+        lines = slices[-2] if slices[-2] >= least and slices[-2] % 2 == 0 else least
+    expected = {
+        "slices": (tiles, lines, words),
+        "scales": (tiles, k, tile // SCALE_GROUP),
+        "row_scale": (n,),
+        "sensitivity": (k,),
+        "thresholds": (2, len(attributes.levels) - 1),
+        "gains": (4,),
+        "low": (k,),
+    }
+    for name, one in expected.items():
+        if name in found and found[name] != (*experts, *one):
+            hint = f", for levels {attributes.levels}" if name in ("slices", "thresholds") else ""
+            raise ValueError(
+                f"{where}: {name}: has shape {found[name]}, expected {(*experts, *one)}{hint}"
+            )
+    if "curve" in found and found["curve"][:-1] != tuple(experts):
+        raise ValueError(
+            f"{where}: curve: has shape {found['curve']}, expected {(*experts, '...')}"
+        )
+
+
+def _finite(values: Tensor) -> str:
+    return "" if values.isfinite().all() else "has values that are not finite"
+
+
+def _not_negative(values: Tensor) -> str:
+    return _finite(values) or ("has negative values" if (values < 0).any() else "")
+
+
+def _positive(values: Tensor) -> str:
+    return _finite(values) or ("" if (values > 0).all() else "has values that are not positive")
+
+
+def _ascending(values: Tensor) -> str:
+    ordered = (values.diff(dim=-1) >= 0).all()
+    return _not_negative(values) or ("" if ordered else "are not in ascending order")
+
+
+_RULES = {
+    "row_scale": _not_negative,
+    "sensitivity": _not_negative,
+    "thresholds": _ascending,
+    "gains": _positive,
+}
+
+
+def _check_low(low: Tensor, kept: int, where: str) -> None:
+    """Every place among the low slices belongs to one channel."""
+    if low.is_meta:
+        return
+    places = low[low >= 0].sort().values
+    if (low < -1).any() or not torch.equal(places, torch.arange(kept, dtype=low.dtype)):
+        raise ValueError(
+            f"{where}: low: expected -1, or each place from 0 to {kept - 1} once, for as many "
+            "channels as slices has low lines"
+        )

@@ -1,0 +1,175 @@
+"""Mixtures of experts as transformers 5 keeps them: one 3-D parameter for all experts of a layer.
+
+Such a parameter becomes an :class:`ExpertLinears`, whose weight is a stack of nested weights, and
+the module that held it calls that through transformers' interface for experts. Decoding then reads
+only the experts that tokens are routed to, without waiting for the device to know which.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grinqh_ao import ops
+from grinqh_ao.decode_rule import first_decoded_row
+from grinqh_ao.tails import formula_curve
+from grinqh_ao.torchao_tensor import GrinqhTensor
+
+IMPLEMENTATION = "grinqh"
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class ExpertLinears(nn.Module):
+    """Linear layers without bias, one per expert; each row uses one of them.
+
+    Args:
+        weight: a stack [E, N, K].
+    """
+
+    weight: GrinqhTensor
+
+    def __init__(self, weight: GrinqhTensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Multiplies each row with the weight of its expert.
+
+        Up to 8 tokens are decoded, each for each of its experts by itself: unlike rows of a linear
+        layer, tokens that meet at an expert do not share what is read.
+
+        Args:
+            x: [T, R, K], or [T, 1, K] if a token's R experts see the same.
+            experts: int64 [T, R].
+
+        Returns:
+            [T, R, N] in the dtype of ``x``.
+        """
+        tokens, routed = experts.shape
+        k = x.shape[-1]
+        wants_grad = x.requires_grad and torch.is_grad_enabled()
+        start = None if wants_grad else self.first_decoded_token(x)
+        x = x.expand(tokens, routed, k)
+        if wants_grad:
+            return _one_by_one(self.weight, x, experts)
+        start = tokens if start is None else start
+        parts = []
+        weight = self.weight
+        if start > 0 or tokens == 0:
+            y = ops.dense_experts(
+                x[:start].reshape(-1, k),
+                experts[:start].flatten(),
+                weight.slices,
+                weight.scales,
+                weight.row_scale,
+                weight.gains,
+                weight.levels[-1],
+            )
+            parts.append(y.view(start, routed, -1))
+        if start < tokens:
+            y = ops.decode_experts(
+                x[start:].reshape(-1, k),
+                experts[start:].flatten(),
+                weight.slices,
+                weight.scales,
+                weight.row_scale,
+                weight.sensitivity,
+                weight.thresholds,
+                weight.gains,
+                weight.levels,
+            )
+            parts.append(y.view(tokens - start, routed, -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def first_decoded_token(x: Tensor) -> int | None:
+        """Tokens of ``x`` [T, R, K] from this index on are decoded; None when none is."""
+        return first_decoded_row(x[:, 0])
+
+    def restack(self, weights: Sequence[GrinqhTensor]) -> None:
+        """Takes experts' weights back whose tensor data may have been replaced by calibration."""
+        if any(weight.curve is not None for weight in weights):
+            for weight in weights:
+                if weight.curve is None:  # no token was routed there
+                    weight.curve = formula_curve().to(weight.device)
+        self.weight = nn.Parameter(GrinqhTensor.stack(weights), requires_grad=False)  # type: ignore[assignment]
+
+    def extra_repr(self) -> str:
+        e, n, k = self.weight.shape
+        return f"experts={e}, in_features={k}, out_features={n}, grinqh: " + (
+            self.weight._quantization_type()
+        )
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of the 3-D parameters [E, N, K] of ``module`` that can become ExpertLinears.
+
+    Empty unless ``module`` calls its experts through transformers' interface, and they are linear
+    layers without bias whose weights are not stored transposed.
+    """
+    unfit = ("is_transposed", "has_bias", "_is_expert_parallel")
+    if not hasattr(module, "_apply_gate") or any(getattr(module, name, True) for name in unfit):
+        return []
+    held = module._parameters
+    found = [name for name in PROJECTIONS if (p := held.get(name)) is not None and p.dim() == 3]
+    return found if len(found) == 2 else []
+
+
+def put_experts(module: nn.Module, name: str, weight: GrinqhTensor) -> None:
+    """Replaces a parameter that :func:`expert_parameters` names by an ExpertLinears."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    # A config of its own: the model's other layers may be dense.
+    config: Any = copy.copy(module.config)
+    config._experts_implementation = IMPLEMENTATION
+    module.config = config
+    del module._parameters[name]
+    module.add_module(name, ExpertLinears(weight))
+
+
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What transformers' interface for experts asks for.
+
+    Args:
+        hidden_states: [T, D].
+        top_k_index: int64 [T, R], the experts of each token.
+        top_k_weights: [T, R].
+
+    Returns:
+        [T, D], the sum over a token's experts.
+    """
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    y = _project(up, hidden_states[:, None], top_k_index)
+    y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+    y = _project(self.down_proj, y, top_k_index)
+    if getattr(self, "has_post_expert_norm", False):
+        y = self.post_expert_norm(y)
+    return (y * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _project(projection: Any, x: Tensor, experts: Tensor) -> Tensor:
+    if isinstance(projection, ExpertLinears):
+        y: Tensor = projection(x, experts)
+        return y
+    # The other parameter alone was quantized.
+    return _one_by_one(projection, x.expand(*experts.shape, x.shape[-1]), experts)
+
+
+def _one_by_one(weights: Tensor, x: Tensor, experts: Tensor) -> Tensor:
+    """The dense path with a gradient for ``x``; waits for the device."""
+    tokens, slots, y = [], [], []
+    for expert in experts.unique().tolist():
+        token, slot = (experts == expert).nonzero(as_tuple=True)
+        y.append(F.linear(x[token, slot], weights[expert]))
+        tokens.append(token)
+        slots.append(slot)
+    out = x.new_zeros(*experts.shape, weights.shape[1])
+    return out.index_put((torch.cat(tokens), torch.cat(slots)), torch.cat(y)) if y else out
