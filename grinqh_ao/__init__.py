@@ -16,18 +16,32 @@ from grinqh_ao.metering import measure
 from grinqh_ao.model import set_bits, summary
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
+try:  # teaches transformers to load and save, wherever it is installed
+    from grinqh_ao.huggingface import GrinqhHfConfig, load, save
+except ImportError as _error:
+    _reason = str(_error)
+
+    def __getattr__(name: str) -> object:
+        if name in ("GrinqhHfConfig", "load", "save"):
+            raise ImportError(f"grinqh_ao.{name} needs transformers 5.17 or newer: {_reason}")
+        raise AttributeError(f"module 'grinqh_ao' has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 
 __all__ = [
     "GrinqhConfig",
+    "GrinqhHfConfig",
     "GrinqhTensor",
     "all_but_head",
     "calibrate",
     "decode_every_row",
     "evaluate",
     "fuse_projections",
+    "load",
     "measure",
     "reference",
+    "save",
     "set_bits",
     "summary",
     "token_batches",

@@ -96,9 +96,7 @@ def from_tensors(
     """
     check(tensors, shape, attributes, where)
     data: dict[str, Any] = {name: tensors.get(suffix) for name, suffix in SUFFIXES.items()}
-    return GrinqhTensor(
-        **data, levels=attributes.levels, min_bits=attributes.min_bits, dtype=dtype
-    )
+    return GrinqhTensor(**data, levels=attributes.levels, min_bits=attributes.min_bits, dtype=dtype)
 
 
 def check(
@@ -124,9 +122,7 @@ def check(
             raise ValueError(f"{where}: {name}: missing")
     for name, tensor in found.items():
         if tensor.dtype != _DTYPES[name]:
-            raise ValueError(
-                f"{where}: {name}: has dtype {tensor.dtype}, expected {_DTYPES[name]}"
-            )
+            raise ValueError(f"{where}: {name}: has dtype {tensor.dtype}, expected {_DTYPES[name]}")
     _check_shapes({name: tuple(t.shape) for name, t in found.items()}, shape, attributes, where)
     for name in set(_RULES) & set(found):
         values = found[name][...]
@@ -153,10 +149,10 @@ def _check_shapes(
     *experts, n, k = shape
     slices = found["slices"]
     if len(slices) != len(shape) + 1 or slices[-1] * FIELDS_PER_WORD not in TILE_WIDTHS:
-        words = [tile // FIELDS_PER_WORD for tile in TILE_WIDTHS]
+        known = [tile // FIELDS_PER_WORD for tile in TILE_WIDTHS]
         raise ValueError(
             f"{where}: slices: has shape {slices}, expected {len(shape) + 1} dimensions, the last "
-            f"one of {words}"
+            f"one of {known}"
         )
     words = slices[-1]
     tile = words * FIELDS_PER_WORD

@@ -28,12 +28,12 @@ class ExpertLinears(nn.Module):
     """Linear layers without bias, one per expert; each row uses one of them.
 
     Args:
-        weight: a stack [E, N, K].
+        weight: a stack [E, N, K] of nested weights, or a place for one.
     """
 
     weight: GrinqhTensor
 
-    def __init__(self, weight: GrinqhTensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[assignment]
 
@@ -112,16 +112,22 @@ def expert_parameters(module: nn.Module) -> list[str]:
     Empty unless ``module`` calls its experts through transformers' interface, and they are linear
     layers without bias whose weights are not stored transposed.
     """
-    unfit = ("is_transposed", "has_bias", "_is_expert_parallel")
+    unfit = ("is_transposed", "has_bias")
     if not hasattr(module, "_apply_gate") or any(getattr(module, name, True) for name in unfit):
+        return []
+    if getattr(module, "_is_expert_parallel", False):  # its experts are elsewhere
         return []
     held = module._parameters
     found = [name for name in PROJECTIONS if (p := held.get(name)) is not None and p.dim() == 3]
     return found if len(found) == 2 else []
 
 
-def put_experts(module: nn.Module, name: str, weight: GrinqhTensor) -> None:
-    """Replaces a parameter that :func:`expert_parameters` names by an ExpertLinears."""
+def put_experts(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Replaces a parameter that :func:`expert_parameters` names by an ExpertLinears.
+
+    Args:
+        weight: a stack [E, N, K], or a place for one that is still to be loaded.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

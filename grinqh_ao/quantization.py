@@ -9,6 +9,7 @@ work when the first module arrives. For the modules that follow nothing is left 
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any, cast
@@ -20,7 +21,7 @@ from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
 from grinqh_ao.experts import ExpertLinears, expert_parameters, put_experts
-from grinqh_ao.model import by_type, quantized_linears, summary
+from grinqh_ao.model import Summary, by_type, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
 from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
 from grinqh_ao.torchao_tensor import SUPPORTED_DTYPES, GrinqhTensor
@@ -63,7 +64,12 @@ def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None
 
 def _quantize(call: QuantizeCall) -> None:
     owners = owners_of_parameters(call.model)
-    todo = _plan(call, owners)
+    todo = plan(call, owners)
+    for layer in todo:
+        try:
+            check_values(cast(Tensor, layer.weight))
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}; nothing was quantized") from None
     # Up to here nothing has been changed.
     with tqdm(todo.items(), desc="quantizing", unit="layer", disable=None) as progress:
         for done, (layer, is_head) in enumerate(progress):
@@ -85,6 +91,20 @@ def _quantize(call: QuantizeCall) -> None:
                 line,
             )
         logger.info("%s", after)
+        _tell_transformers(call.model, after)
+
+
+def _tell_transformers(model: nn.Module, after: Summary) -> None:
+    """So that ``save_pretrained`` works."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    if after.otherwise:
+        logger.warning("save_pretrained will not work: some weights are quantized otherwise")
+        return
+    from grinqh_ao.huggingface import attach
+
+    attach(model)
 
 
 def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:
@@ -112,8 +132,11 @@ def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:
             raise
 
 
-def _plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
-    """The layers to quantize, and whether each is an output head. Says which are left dense."""
+def plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
+    """The layers to quantize, and whether each is an output head. Says which are left dense.
+
+    Values are not looked at, so that a model whose weights are still to come can be planned for.
+    """
     for layer in call.layers:
         layer.config.check()
         if layer.config._calibration is not None and layer.module is call.model:
@@ -144,11 +167,6 @@ def _plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
             "it shares its weight with a module outside of what is being quantized; "
             "give quantize_ the whole model"
         )
-    for layer in todo:
-        try:
-            check_values(cast(Tensor, layer.weight))
-        except ValueError as error:
-            raise ValueError(f"{layer}: {error}; nothing was quantized") from None
     for layer, reason in reasons.items():
         _left_dense[layer.module] = call.key
         logger.warning("%s is left dense: %s", layer, reason)

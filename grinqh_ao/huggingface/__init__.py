@@ -1,0 +1,7 @@
+"""transformers: quantizing while loading, saving, loading. Importing this registers all of it."""
+
+from grinqh_ao.huggingface.config import GrinqhHfConfig
+from grinqh_ao.huggingface.quantizer import GrinqhHfQuantizer, attach
+from grinqh_ao.huggingface.sharing import load, save
+
+__all__ = ["GrinqhHfConfig", "GrinqhHfQuantizer", "attach", "load", "save"]

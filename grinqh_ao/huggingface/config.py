@@ -1,0 +1,111 @@
+"""GrinqhHfConfig: what ``from_pretrained`` takes, and what a saved model's config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from grinqh_ao.checkpoint import FORMAT_VERSION, Attributes
+from grinqh_ao.config import GrinqhConfig
+from grinqh_ao.grading import ALL_LEVELS
+
+QUANT_METHOD = "grinqh"
+
+
+@register_quantization_config(QUANT_METHOD)
+class GrinqhHfConfig(QuantizationConfigMixin):
+    """Quantizes a transformers model while it is loaded.
+
+    >>> AutoModelForCausalLM.from_pretrained(name, quantization_config=GrinqhHfConfig(bits=3))
+
+    gives what ``quantize_(model, GrinqhConfig(bits=3))`` makes of the loaded model, but never holds
+    more than one layer in full precision.
+
+    Args:
+        bits: as in :class:`grinqh_ao.GrinqhConfig`, like the next two.
+        levels: the same.
+        head_bits: the same.
+        modules_to_not_convert: names of modules to leave dense, their beginnings or ends, or
+            regular expressions, as in transformers' other quantization configs.
+        format_version: of a saved model; see docs/format.md. Not to be given.
+        weights: of a saved model: its quantized weights in groups ``{"levels", "min_bits",
+            "names"}``. Not to be given.
+
+    Raises:
+        ValueError: an argument is out of range, or the saved model has a format that this version
+            does not know.
+    """
+
+    def __init__(
+        self,
+        bits: float = 3.0,
+        levels: Sequence[int] = ALL_LEVELS,
+        head_bits: float | None = 6.0,
+        modules_to_not_convert: Sequence[str] | None = None,
+        quant_method: str = QUANT_METHOD,
+        format_version: int | None = None,
+        weights: Sequence[Mapping[str, Any]] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if format_version not in (None, FORMAT_VERSION):
+            raise ValueError(
+                f"quantization_config: format_version={format_version!r}: this grinqh_ao reads "
+                f"version {FORMAT_VERSION}; another version of grinqh_ao may read it"
+            )
+        if unknown or quant_method != QUANT_METHOD:
+            what = next(iter(unknown), "quant_method")
+            raise ValueError(f"quantization_config: {what!r} is none of GRINQH's settings")
+        self.quant_method = QUANT_METHOD
+        self.bits = bits
+        self.levels = list(levels)
+        self.head_bits = head_bits
+        self.modules_to_not_convert = (
+            None if modules_to_not_convert is None else list(modules_to_not_convert)
+        )
+        self.to_quantize()  # refuses what is out of range
+        if weights is not None:
+            self.format_version = FORMAT_VERSION
+            self.weights = [dict(group) for group in weights]
+        elif format_version is not None:
+            raise ValueError("quantization_config: weights: missing")
+
+    def to_quantize(self) -> GrinqhConfig:
+        """The same for ``quantize_``."""
+        return GrinqhConfig(bits=self.bits, levels=self.levels, head_bits=self.head_bits)
+
+    def attributes(self) -> dict[str, Attributes]:
+        """By name, of all quantized weights of a saved model.
+
+        Raises:
+            ValueError: there are none, or something is wrong with them.
+        """
+        where = "config.json: quantization_config.weights"
+        found: dict[str, Attributes] = {}
+        for group in getattr(self, "weights", None) or ():
+            if set(group) != {"levels", "min_bits", "names"}:
+                raise ValueError(f"{where}: {list(group)}: expected levels, min_bits and names")
+            names = group["names"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{where}: names={names!r}: expected a list of names")
+            one = Attributes.checked(group["levels"], group["min_bits"], where)
+            for name in names:
+                if name in found:
+                    raise ValueError(f"{where}: {name}: stands there twice")
+                found[name] = one
+        if not found:
+            raise ValueError(f"{where}: names no weight")
+        return found
+
+
+def groups_of(attributes: Mapping[str, Attributes]) -> list[dict[str, Any]]:
+    """What :meth:`GrinqhHfConfig.attributes` gives, as config.json has it."""
+    groups: dict[Attributes, list[str]] = {}
+    for name, one in attributes.items():
+        groups.setdefault(one, []).append(name)
+    return [
+        {"levels": list(one.levels), "min_bits": one.min_bits, "names": names}
+        for one, names in groups.items()
+    ]

@@ -1,0 +1,119 @@
+"""A saved model's files, checked as a whole before any of it is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from grinqh_ao.checkpoint import SUFFIXES, Attributes, check
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class _InFile:
+    """A tensor whose data is read when asked for."""
+
+    file: str
+    _slice: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._slice.get_shape())
+
+    @property
+    def dtype(self) -> Any:
+        name = self._slice.get_dtype()
+        return _DTYPES.get(name, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tensor: Tensor = self._slice[index]
+        return tensor
+
+
+def check_files(
+    files: Sequence[str],
+    model: Any,
+    attributes: Mapping[str, Attributes],
+    shapes: Mapping[str, Sequence[int]],
+) -> None:
+    """Refuses files that do not hold all of ``model``, or not what their weights claim to be.
+
+    Reads headers and small tensors.
+
+    Args:
+        files: in safetensors' format.
+        attributes: of the quantized weights, by their names in the files.
+        shapes: of the same; of those that the model has.
+
+    Raises:
+        ValueError: names the file, the layer and what is wrong with it.
+    """
+    with contextlib.ExitStack() as stack:
+        tensors: dict[str, _InFile] = {}
+        for path in files:
+            try:
+                opened = stack.enter_context(safe_open(path, "pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                tensors[name] = _InFile(Path(path).name, opened.get_slice(name))
+        whole = Path(files[0]).parent
+        for name, one in attributes.items():
+            parts = {
+                key.removeprefix(name): tensor
+                for key, tensor in tensors.items()
+                if key == name or key.startswith(f"{name}_")
+            }
+            if not parts:
+                raise ValueError(f"{whole}: {name}: missing")
+            file = next(iter(parts.values())).file
+            if name in shapes:
+                check(parts, shapes[name], one, f"{file}: {name}")
+        _check_strangers(tensors, attributes)
+        _check_complete(tensors, attributes, model, whole)
+
+
+def _check_strangers(tensors: Mapping[str, _InFile], attributes: Mapping[str, Attributes]) -> None:
+    """Parts of a quantized weight that config.json does not know of."""
+    inner = "|".join(re.escape(suffix) for suffix in SUFFIXES.values() if suffix)
+    for name, tensor in tensors.items():
+        match = re.fullmatch(rf"(.*\.weight)({inner})", name)
+        if match and match[1] not in attributes:
+            raise ValueError(
+                f"{tensor.file}: {name}: config.json does not name {match[1]} as quantized"
+            )
+
+
+def _check_complete(
+    tensors: Mapping[str, _InFile],
+    attributes: Mapping[str, Attributes],
+    model: Any,
+    where: Path,
+) -> None:
+    """transformers would only warn of what is missing, and leave it random."""
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
+        return  # another kind of model than was saved may well have layers of its own
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    for name in model.state_dict():
+        if name in tensors or name in attributes or name in tied:
+            continue
+        if not any(re.search(pattern, name) for pattern in ignored):
+            raise ValueError(f"{where}: {name}: missing")

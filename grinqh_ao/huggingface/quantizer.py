@@ -1,0 +1,188 @@
+"""The quantizer that transformers calls while it loads and saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchao.quantization.quant_api import _is_linear
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from grinqh_ao.checkpoint import Attributes, to_tensors
+from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.huggingface.config import QUANT_METHOD, GrinqhHfConfig, groups_of
+from grinqh_ao.huggingface.files import check_files
+from grinqh_ao.huggingface.loading import Deserialize, Quantize, find_places
+from grinqh_ao.model import quantized_modules, summary
+from grinqh_ao.quantization import plan, show_in_repr
+from grinqh_ao.selection import Layer, QuantizeCall
+from grinqh_ao.ties import owners_of_parameters
+from grinqh_ao.torchao_tensor import GrinqhTensor
+
+ALIGNMENT = 64
+
+
+@register_quantizer(QUANT_METHOD)
+class GrinqhHfQuantizer(HfQuantizer):
+    """Quantizes layer by layer while transformers loads, or loads and saves what is quantized."""
+
+    quantization_config: GrinqhHfConfig
+
+    def __init__(self, quantization_config: GrinqhHfConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        # By the names of parameters: what is to be quantized, and whether it is an output head;
+        # or what is stored, and what files call it.
+        self.planned: dict[str, tuple[Layer, bool]] = {}
+        self.stored: dict[str, Attributes] = {}
+        self.places: dict[str, str] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map: quantized weights cannot be offloaded to disk, only to the CPU"
+            )
+
+    # ---- loading
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            attributes = self.quantization_config.attributes()
+            self.places = find_places(model, attributes)
+            self.stored = {own: attributes[name] for name, own in self.places.items()}
+            files = checkpoint_files or ()
+            if files and all(file.endswith(".safetensors") for file in files):
+                shapes = {n: model.get_parameter(own).shape for n, own in self.places.items()}
+                check_files(files, model, attributes, shapes)
+            return
+        config = self.quantization_config.to_quantize()
+        skipped = self.quantization_config.modules_to_not_convert
+
+        def wanted(module: nn.Module, name: str) -> bool:
+            return bool(_is_linear(module, name) and should_convert_module(name, skipped))
+
+        for target, source in model.all_tied_weights_keys.items():  # transformers does it later
+            module, _, name = target.rpartition(".")
+            setattr(model.get_submodule(module), name, model.get_parameter(source))
+        owners = owners_of_parameters(model)
+        for layer, is_head in plan(QuantizeCall(model, config, wanted), owners).items():
+            assert layer.weight is not None
+            if layer.holds_experts:
+                self.planned[layer.name] = layer, False
+                continue
+            for name, _ in owners[layer.weight]:  # tied ones: any may be what the file has
+                self.planned[f"{name}.weight"] = layer, is_head
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.planned or param_name in self.stored
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        levels = self.quantization_config.levels
+        if param_name in self.stored:
+            levels = list(self.stored[param_name].levels)
+        elif param_name not in self.planned:
+            return param.element_size()
+        return levels[-1] / 8 + 1 / SCALE_GROUP
+
+    def get_quantize_ops(self) -> Quantize:
+        return Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.stored:
+            return []
+        # Exactly the stored weights: what is dense is loaded as in any model.
+        patterns, target = Deserialize.patterns(self.places)
+        return [WeightConverter(patterns, target, [Deserialize(self)])]
+
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        # First: converters of the model's own must not take a quantized weight for a dense one.
+        return [*self.get_weight_conversions(), *weight_conversions]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for _, module, _ in quantized_modules(model):
+            show_in_repr(module)
+        for parameter in model.parameters():
+            # Tensors mapped from a file lie anywhere, and products of dense ones differ by that in
+            # their last bit.
+            if isinstance(parameter, GrinqhTensor) or parameter.device.type != "cpu":
+                continue
+            if parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
+        self.planned = {}  # it holds modules and would be copied with the model
+        return model
+
+    # ---- saving
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state = model.state_dict()
+        attributes: dict[str, Attributes] = {}
+        dropped = set(getattr(model, "all_tied_weights_keys", None) or {})
+        with_data = {f"{name}.weight": weight for name, _, weight in quantized_modules(model)}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not isinstance(parameter, GrinqhTensor):
+                continue
+            del state[name]
+            if name not in dropped:
+                weight = with_data.get(name, parameter)
+                attributes[name] = Attributes.of(weight)
+                state |= {name + suffix: data for suffix, data in to_tensors(weight).items()}
+        bits = summary(model).bits
+        found = self.quantization_config
+        self.quantization_config = GrinqhHfConfig(
+            found.bits if math.isnan(bits) else round(bits, 6),
+            found.levels,
+            found.head_bits,
+            found.modules_to_not_convert,
+            weights=groups_of(attributes),
+        )
+        model.config.quantization_config = self.quantization_config
+        # Names are saved as the model has them: conversions are made for dense weights.
+        model._weight_conversions = []
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters are
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: PreTrainedModel, config: GrinqhHfConfig | None = None) -> None:
+    """Lets ``save_pretrained`` know that ``model`` is quantized, however that came about.
+
+    ``quantize_`` calls it for whole models.
+
+    Raises:
+        ValueError: nothing in ``model`` is quantized by GRINQH, or something by another quantizer.
+    """
+    weights = [weight for _, _, weight in quantized_modules(model)]
+    if not weights:
+        raise ValueError(f"model={type(model).__name__}: no layer is quantized by GRINQH")
+    if others := summary(model).otherwise:
+        raise ValueError(
+            f"model={type(model).__name__}: {len(others)} weights are quantized otherwise, among "
+            f"them {next(iter(others))}; they cannot be saved together"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, GrinqhHfQuantizer):
+        return
+    body = [weight for weight in weights if not weight.min_bits] or weights
+    heads = [weight.min_bits for weight in weights if weight.min_bits]
+    config = config or GrinqhHfConfig(body[0].bits, body[0].levels, heads[0] if heads else None)
+    # Also in place of another quantizer's, of a model that was loaded from GGUF and made dense.
+    model.hf_quantizer = GrinqhHfQuantizer(config, pre_quantized=False)
+    model.config.quantization_config = config
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD

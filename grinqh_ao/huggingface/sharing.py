@@ -1,0 +1,128 @@
+"""``save`` and ``load``: a quantized model with all that others need to use it."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from grinqh_ao.huggingface.config import QUANT_METHOD
+from grinqh_ao.huggingface.quantizer import attach
+from grinqh_ao.model import summary
+
+_MODULE = "modeling_grinqh"
+
+_CODE = '''\
+"""For trust_remote_code=True: teaches transformers to load this, with grinqh_ao installed."""
+
+import grinqh_ao  # noqa: F401
+from transformers import {architecture} as Model
+'''
+
+_CARD = """---
+library_name: transformers
+tags:
+- grinqh
+---
+
+# {title}
+
+Quantized with [GRINQH](https://arxiv.org/abs/2606.23419), by grinqh_ao {version}: at every decode
+step each input channel is read at 0, 2, 4, 6 or 8 bits, as its activation deserves.
+
+```
+{summary}
+```
+
+## How to load it
+
+`pip install grinqh-ao[hf]`, then
+
+```python
+import grinqh_ao  # before from_pretrained: it teaches transformers the format
+
+model = grinqh_ao.load("{name}")
+grinqh_ao.set_bits(model, 2.5)  # average bits read per weight and token, at any time
+```
+
+`AutoModelForCausalLM.from_pretrained` does the same after the import; without it, loading fails.
+Programs that import nothing, such as `transformers serve`, need `--trust-remote-code`.
+"""
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | PathLike[str],
+    tokenizer: Any = None,
+    **options: Any,
+) -> None:
+    """``model.save_pretrained(directory)``, with what makes the result easy to load.
+
+    Adds a model card that says how, unless there is a README.md already, and a module that lets
+    programs without ``import grinqh_ao`` load it with ``trust_remote_code=True``.
+
+    Args:
+        model: a model with weights quantized by GRINQH in any way.
+        directory: made if need be.
+        tokenizer: of transformers; saved too.
+        options: of ``save_pretrained``: ``max_shard_size``, for example.
+
+    Raises:
+        ValueError: nothing in ``model`` is quantized by GRINQH, or something by another quantizer;
+            nothing was written.
+    """
+    from grinqh_ao import __version__
+
+    attach(model)
+    path = Path(directory)
+    config: Any = model.config
+    architecture = type(model).__name__
+    known = hasattr(transformers, architecture)
+    before = getattr(config, "auto_map", None)
+    if known:
+        config.auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Model"}
+    try:
+        model.save_pretrained(path, **options)
+    finally:
+        if before is not None:
+            config.auto_map = before
+        elif known:
+            del config.auto_map
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    if known:
+        (path / f"{_MODULE}.py").write_text(_CODE.format(architecture=architecture))
+    card = path / "README.md"
+    if not card.exists():
+        base = Path(getattr(config, "_name_or_path", "") or architecture).name
+        text = _CARD.format(
+            title=f"{base}, GRINQH", version=__version__, summary=summary(model),
+            name=path.name,
+        )  # fmt: skip
+        card.write_text(text)
+
+
+def load(path: str | PathLike[str], **options: Any) -> Any:
+    """A saved model, from a directory or a hub id, in evaluation mode.
+
+    Args:
+        options: of ``from_pretrained``: ``dtype``, ``device_map``, for example.
+
+    Raises:
+        ValueError: it is not a model quantized by GRINQH, or its files are not what they should be.
+    """
+    hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+    config = AutoConfig.from_pretrained(path, **hub)
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method != QUANT_METHOD:
+        raise ValueError(
+            f"{path}: expected a model quantized by GRINQH, found quant_method={method!r}; to "
+            "quantize it while loading, give from_pretrained a quantization_config=GrinqhHfConfig()"
+        )
+    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
+    model_class = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    return model_class.from_pretrained(path, **options)
