@@ -178,7 +178,8 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
     if weight is None or isinstance(weight, GrinqhTensor):  # tied to one done before
         return
     nested = nested_weight(weight.to(device or weight.device), layer.config, is_head)
-    holders = owners.pop(weight)  # lets go of the dense weight
+    # pop: lets go of the dense weight
+    holders = owners.pop(weight, [(layer.name, layer.module)])
     if layer.holds_experts:
         put_experts(layer.module, layer.parameter, nested)
         return
@@ -213,7 +214,7 @@ def _why_dense(layer: Layer, selected: dict[nn.Module, Layer], owners: Owners) -
         return f"its weight has dtype {weight.dtype}"
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}"
-    for name, owner in owners[weight]:
+    for name, owner in owners.get(weight, ()):
         if owner is layer.module:
             continue
         if isinstance(owner, nn.Embedding):

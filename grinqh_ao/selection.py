@@ -37,7 +37,10 @@ class Layer:
 
     @property
     def weight(self) -> Tensor | None:
-        return self.module._parameters.get(self.parameter)
+        found = self.module._parameters.get(self.parameter)
+        # PEFT, when it merges adapters, leaves a plain tensor to be quantized again.
+        plain = vars(self.module).get(self.parameter)
+        return plain if found is None and isinstance(plain, Tensor) else found
 
     @property
     def holds_experts(self) -> bool:

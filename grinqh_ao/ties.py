@@ -36,7 +36,7 @@ def held_elsewhere(layers: Iterable[Layer], owners: Owners) -> list[Layer]:
         layer
         for layer in layers
         if layer.weight is not None
-        and _references(layer) > _references_of_one_owner() + len(owners[layer.weight])
+        and _references(layer) > _references_of_one_owner() + len(owners.get(layer.weight, ()))
     ]
     if not suspects or gc.get_freeze_count():  # it does not know what is frozen
         return suspects

@@ -20,20 +20,48 @@ SMALL = {
 }
 
 
-def tiny_model(family: str, *, tied: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A random Llama or Qwen3 with large enough weights that greedy tokens vary."""
+# By family: transformers' config and model class, and what its config wants beside SMALL.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 16}),
+    "phi": ("PhiConfig", "PhiForCausalLM", {"num_key_value_heads": 4}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 80,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+
+
+def tiny_model(family: str, *, tied: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model with large enough weights that greedy tokens vary."""
     import transformers
 
     torch.manual_seed(0)
-    if family == "llama":
-        config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=tied, initializer_range=0.2)
-        model = transformers.LlamaForCausalLM(config)
-    else:
-        config = transformers.Qwen3Config(
-            **SMALL, head_dim=16, tie_word_embeddings=tied, initializer_range=0.2
-        )
-        model = transformers.Qwen3ForCausalLM(config)
-    return model.to(dtype).eval()
+    config_name, model_name, more = FAMILIES[family]
+    options = SMALL | more | {"tie_word_embeddings": tied, "initializer_range": 0.2}
+    config = getattr(transformers, config_name)(**options)
+    return getattr(transformers, model_name)(config).to(dtype).eval()
 
 
 def tiny_tokenizer(text: str) -> Any:

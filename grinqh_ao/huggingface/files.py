@@ -65,7 +65,7 @@ def check_files(
     Raises:
         ValueError: names the file, the layer and what is wrong with it.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, torch.device("cpu"):  # transformers has set "meta"
         tensors: dict[str, _InFile] = {}
         for path in files:
             try:

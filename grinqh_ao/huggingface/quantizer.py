@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchao.quantization.quant_api import _is_linear
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -133,11 +134,15 @@ class GrinqhHfQuantizer(HfQuantizer):
                 weight = with_data.get(name, parameter)
                 attributes[name] = Attributes.of(weight)
                 state |= {name + suffix: data for suffix, data in to_tensors(weight).items()}
+        for name, tensor in state.items():
+            if tensor.is_meta:
+                state[name] = load_offloaded_parameter(model, name)
         bits = summary(model).bits
         found = self.quantization_config
+        levels = {level for one in attributes.values() for level in one.levels}
         self.quantization_config = GrinqhHfConfig(
             found.bits if math.isnan(bits) else round(bits, 6),
-            found.levels,
+            sorted(levels),
             found.head_bits,
             found.modules_to_not_convert,
             weights=groups_of(attributes),

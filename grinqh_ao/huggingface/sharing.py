@@ -15,11 +15,14 @@ from grinqh_ao.model import summary
 
 _MODULE = "modeling_grinqh"
 
-_CODE = '''\
-"""For trust_remote_code=True: teaches transformers to load this, with grinqh_ao installed."""
+_CODE = '''"""For trust_remote_code=True: lets transformers load this, with grinqh_ao installed."""
 
 import grinqh_ao  # noqa: F401
-from transformers import {architecture} as Model
+import transformers
+
+
+class {architecture}(transformers.{architecture}):
+    pass
 '''
 
 _CARD = """---
@@ -83,7 +86,7 @@ def save(
     known = hasattr(transformers, architecture)
     before = getattr(config, "auto_map", None)
     if known:
-        config.auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Model"}
+        config.auto_map = {"AutoModelForCausalLM": f"{_MODULE}.{architecture}"}
     try:
         model.save_pretrained(path, **options)
     finally:

@@ -1,0 +1,473 @@
+"""transformers: quantizing while loading, saving, loading again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torchao.quantization import FqnToConfig, quantize_
+from transformers import AutoModelForCausalLM, TorchAoConfig
+
+import grinqh_ao
+from grinqh_ao import (
+    GrinqhConfig,
+    GrinqhHfConfig,
+    GrinqhTensor,
+    calibrate,
+    set_bits,
+    summary,
+    token_batches,
+)
+from grinqh_ao.huggingface.quantizer import GrinqhHfQuantizer
+from grinqh_ao.model import quantized_linears
+from models import layers_of, tiny_model, tiny_tokenizer
+
+MODELS = [
+    ("llama", True),
+    ("qwen3", False),
+    ("gemma3", True),
+    ("qwen3_moe", False),
+    ("mixtral", True),
+]
+IDS = torch.arange(12)[None] * 7
+
+
+@torch.no_grad()
+def logits(model):
+    """Of a prompt, and of a token that is decoded."""
+    return torch.cat([model(IDS).logits, model(IDS[:, :1]).logits], dim=1)
+
+
+def quantized(family="llama", tied=True, bits=3.0, **options):
+    model = tiny_model(family, tied=tied)
+    quantize_(model, GrinqhConfig(bits=bits, **options))
+    return model
+
+
+def assert_alike(one, other):
+    """The same to the last bit, and everything that set_bits needs."""
+    assert torch.equal(logits(one), logits(other))
+    assert summary(one).tied == summary(other).tied
+    layers = [{n: w for n, _, w in quantized_linears(model)} for model in (one, other)]
+    assert layers[0].keys() == layers[1].keys()
+    for name, weight in layers[0].items():
+        same = layers[1][name]
+        assert (same.levels, same.min_bits, same.dtype) == (
+            weight.levels,
+            weight.min_bits,
+            weight.dtype,
+        )
+        assert same.data_names == weight.data_names
+        for data in weight.data_names:
+            assert torch.equal(getattr(same, data), getattr(weight, data)), f"{name}: {data}"
+
+
+# ---- saving and loading
+
+
+@pytest.mark.parametrize(("family", "tied"), MODELS)
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}], ids=["one file", "shards"])
+def test_saved_and_loaded_is_the_same(family, tied, options, tmp_path):
+    model = quantized(family, tied)
+    set_bits(model, 3.5)
+    model.save_pretrained(tmp_path, **options)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or options
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_alike(model, loaded)
+    assert "grinqh: levels" in repr(loaded)
+    for one in (model, loaded):
+        set_bits(one, 2.0)
+    assert_alike(model, loaded)
+
+
+def test_saved_again(tmp_path):
+    quantized().save_pretrained(tmp_path / "first")
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    set_bits(first, 4.0)
+    first.save_pretrained(tmp_path / "second")
+    assert_alike(first, AutoModelForCausalLM.from_pretrained(tmp_path / "second"))
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["quantization_config"]["bits"] == 4.0
+
+
+@pytest.mark.parametrize("stored_bits", [None, 5.0])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_calibrated_models_keep_their_curves(family, stored_bits, tmp_path):
+    model = quantized(family, tied=False)
+    calibrate(model, torch.randint(0, 320, (2, 64)), stored_bits=stored_bits)
+    model.save_pretrained(tmp_path)
+    loaded = grinqh_ao.load(tmp_path)
+    assert_alike(model, loaded)
+    some = next(weight for _, _, weight in quantized_linears(loaded) if not weight.min_bits)
+    assert some.curve is not None
+    assert (some.low is None) == (stored_bits is None)
+
+
+def test_levels_and_dense_layers_survive(tmp_path):
+    """Each layer's own settings, not the last config's."""
+    model = tiny_model("llama", tied=False)
+    configs = {
+        "re:.*q_proj": GrinqhConfig(bits=2, levels=[0, 2, 4]),
+        "re:.*mlp.*": GrinqhConfig(bits=5, levels=[4, 8]),
+        "lm_head": GrinqhConfig(bits=3, head_bits=7),
+    }
+    quantize_(model, FqnToConfig(configs), filter_fn=None)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_alike(model, loaded)
+    assert type(loaded.model.layers[0].self_attn.k_proj.weight) is torch.nn.Parameter
+
+
+def test_dense_tied_head_stays_tied(tmp_path):
+    model = quantized(head_bits=None)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_alike(model, loaded)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype(dtype, tmp_path):
+    quantized().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert logits(loaded).dtype == dtype
+    # What is stored does not depend on it.
+    assert loaded.lm_head.weight.row_scale.dtype == torch.bfloat16
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.dtype == dtype
+    assert_alike(loaded, again)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_map(device_map, tmp_path):
+    model = quantized()
+    model.save_pretrained(tmp_path)
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map))
+
+
+def test_disk_offload_is_refused(tmp_path):
+    quantized().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="disk"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "disk"})
+
+
+def test_offloaded_models_are_saved_whole(tmp_path):
+    import accelerate
+
+    model = quantized(tied=False)
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    grinqh_ao.save(model, tmp_path)
+    assert torch.equal(logits(grinqh_ao.load(tmp_path)), expected)
+
+
+def test_base_model_of_a_saved_one(tmp_path):
+    model = quantized("qwen3", tied=False)
+    model.save_pretrained(tmp_path)
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(IDS)[0], model.model(IDS)[0])
+
+
+def test_replaces_another_quantizer(tmp_path):
+    """As a model's that came from GGUF and was made dense."""
+    model = tiny_model("llama", tied=True)
+    model.hf_quantizer = object()
+    model.config.quantization_config = transformers.GgufConfig(dequantize=True)
+    quantize_(model, GrinqhConfig(bits=3))
+    model.save_pretrained(tmp_path)
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_part_that_was_quantized_by_itself(tmp_path):
+    model = tiny_model("llama", tied=False)
+    quantize_(model.model.layers[0], GrinqhConfig(bits=3))
+    grinqh_ao.save(model, tmp_path)
+    assert_alike(model, grinqh_ao.load(tmp_path))
+
+
+def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
+    model = quantized()
+    uploaded = []
+
+    class Repository:
+        repo_id = "me/tiny"
+
+    from transformers.utils import hub
+
+    api = type(
+        "Api", (), {"create_repo": lambda *args, **options: Repository(),
+                    "create_commit": lambda self, **options: uploaded.extend(
+                        o.path_in_repo for o in options["operations"])}
+    )  # fmt: skip
+    if hasattr(hub, "hf_api"):
+        monkeypatch.setattr(hub, "hf_api", api)
+        monkeypatch.setattr(transformers.modeling_utils, "hf_api", api, raising=False)
+    else:
+        monkeypatch.setattr(hub, "create_repo", api().create_repo)
+        monkeypatch.setattr(hub, "create_commit", api().create_commit)
+        monkeypatch.setattr(transformers.modeling_utils, "create_repo", api().create_repo)
+    monkeypatch.setattr(
+        transformers.modeling_utils,
+        "create_and_tag_model_card",
+        lambda *a, **k: __import__("huggingface_hub").ModelCard("---\ntags: [grinqh]\n---\n"),
+        raising=False,
+    )
+    model.push_to_hub("me/tiny")
+    assert "model.safetensors" in uploaded
+    assert "config.json" in uploaded
+
+
+# ---- while loading
+
+
+@pytest.mark.parametrize(("family", "tied"), [*MODELS, ("llama", False)])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}], ids=["one file", "shards"])
+def test_quantized_while_loading_is_the_same(family, tied, options, tmp_path):
+    model = tiny_model(family, tied=tied)
+    model.save_pretrained(tmp_path, **options)
+    quantize_(model, GrinqhConfig(bits=3))
+    config = GrinqhHfConfig(bits=3)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert_alike(model, loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_alike(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+def test_what_a_config_asks_for(tmp_path):
+    tiny_model("llama", tied=False).save_pretrained(tmp_path)
+    config = GrinqhHfConfig(
+        bits=3.5, levels=[2, 4, 6], head_bits=None, modules_to_not_convert=["down_proj"]
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert {name.rpartition(".")[2] for name in layers_of(loaded)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+    }  # fmt: skip
+    weight = loaded.model.layers[0].mlp.up_proj.weight
+    assert weight.levels == (2, 4, 6)
+    assert weight.bits == pytest.approx(3.5, abs=1e-3)
+
+
+def test_dtype_while_loading(tmp_path):
+    tiny_model("llama", tied=True).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=GrinqhHfConfig(), dtype=torch.bfloat16
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_not_finite_weights_are_refused_while_loading(tmp_path, caplog):
+    model = tiny_model("llama", tied=True)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    model.save_pretrained(tmp_path)
+    transformers.utils.logging.enable_propagation()
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GrinqhHfConfig())
+    transformers.utils.logging.disable_propagation()
+    assert "model.layers.1.mlp.up_proj: its weight has NaN" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 9}, "bits=9"),
+        ({"levels": [0, 3]}, "levels"),
+        ({"head_bits": 0}, "head_bits=0"),
+        ({"group_size": 64}, "group_size"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        GrinqhHfConfig(**options)
+
+
+def test_calibrating_a_loaded_model(tmp_path):
+    words = " ".join(f"w{i % 300}" for i in range(400))
+    tokenizer = tiny_tokenizer(words)
+    tiny_model("llama", tied=True).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GrinqhHfConfig())
+    calibrate(model, token_batches(words, tokenizer, 256), bits=2.5)
+    assert model.lm_head.weight.curve is not None
+
+
+# ---- TorchAO's own config
+
+
+def test_torchao_config(tmp_path):
+    tiny_model("llama", tied=False).save_pretrained(tmp_path)
+    config = TorchAoConfig(GrinqhConfig(bits=3))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert len(layers_of(model)) == 14
+    assert "lm_head" not in layers_of(model)  # TorchAoConfig leaves it out
+    grinqh_ao.save(model, tmp_path / "saved")
+    assert_alike(model, grinqh_ao.load(tmp_path / "saved"))
+
+
+def test_torchao_config_by_name(tmp_path):
+    tiny_model("llama", tied=False).save_pretrained(tmp_path)
+    by_name = {
+        "re:.*q_proj": GrinqhConfig(bits=2),
+        "re:.*k_proj": None,
+        "model.embed_tokens": None,
+        "lm_head": GrinqhConfig(bits=6),
+        "_default": GrinqhConfig(bits=3),
+    }
+    config = TorchAoConfig(FqnToConfig(by_name), include_input_output_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    bits = {name: weight.bits for name, _, weight in quantized_linears(model)}
+    assert bits["model.layers.0.self_attn.q_proj"] == pytest.approx(2, abs=1e-3)
+    assert bits["model.layers.0.mlp.up_proj"] == pytest.approx(3, abs=1e-3)
+    assert bits["lm_head"] == pytest.approx(6, abs=1e-3)
+    assert not any("k_proj" in name for name in bits)
+
+
+# ---- save and load
+
+
+def test_save_writes_a_card_and_load_reads(tmp_path):
+    model = quantized()
+    tokenizer = tiny_tokenizer(" ".join(f"w{i}" for i in range(300)))
+    grinqh_ao.save(model, tmp_path / "tiny-q", tokenizer)
+    card = (tmp_path / "tiny-q" / "README.md").read_text()
+    assert 'grinqh_ao.load("tiny-q")' in card
+    assert "trust-remote-code" in card
+    assert "bits read per weight and token: 3.00" in card
+    loaded = grinqh_ao.load(tmp_path / "tiny-q")
+    assert_alike(model, loaded)
+    assert not hasattr(model.config, "auto_map")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny-q")
+    # A card that somebody has written stays.
+    (tmp_path / "tiny-q" / "README.md").write_text("mine")
+    grinqh_ao.save(loaded, tmp_path / "tiny-q")
+    assert (tmp_path / "tiny-q" / "README.md").read_text() == "mine"
+
+
+def test_save_refuses_what_it_cannot_save(tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    with pytest.raises(ValueError, match="no layer is quantized"):
+        grinqh_ao.save(tiny_model("llama", tied=True), tmp_path / "new")
+    model = tiny_model("llama", tied=False)
+    quantize_(model.model.layers[0], Int8WeightOnlyConfig())
+    quantize_(model, GrinqhConfig(bits=3))
+    with pytest.raises(ValueError, match="quantized otherwise"):
+        grinqh_ao.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_load_refuses_what_is_not_ours(tmp_path):
+    tiny_model("llama", tied=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a model quantized by GRINQH"):
+        grinqh_ao.load(tmp_path)
+
+
+def test_quantizer_says_what_transformers_asks():
+    quantizer = GrinqhHfQuantizer(GrinqhHfConfig(), pre_quantized=False)
+    assert quantizer.is_serializable()
+    assert quantizer.is_trainable
+    assert quantizer.is_compileable
+
+
+def test_a_quantized_model_copies_and_generates(tmp_path):
+    import copy
+    import pickle
+
+    model = quantized()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_alike(loaded, copy.deepcopy(loaded))
+    assert_alike(loaded, pickle.loads(pickle.dumps(loaded)))
+    assert isinstance(loaded.lm_head.weight, GrinqhTensor)
+
+
+# ---- in another process
+
+
+def python(code, *arguments):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    model = quantized()
+    grinqh_ao.save(model, directory / "model")
+    torch.save((IDS, logits(model)), directory / "logits.pt")
+    return directory
+
+
+CHECK = """
+import sys, torch
+model_path, logits_path = sys.argv[1:]
+ids, expected = torch.load(logits_path)
+{load}
+with torch.no_grad():
+    found = torch.cat([model(ids).logits, model(ids[:, :1]).logits], dim=1)
+assert torch.equal(found, expected)
+import grinqh_ao
+grinqh_ao.set_bits(model, 2)
+print("identical")
+"""
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        "import grinqh_ao; model = grinqh_ao.load(model_path)",
+        "import grinqh_ao; from transformers import AutoModelForCausalLM; "
+        "model = AutoModelForCausalLM.from_pretrained(model_path)",
+        "from transformers import AutoModelForCausalLM; "
+        "model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=True)",
+    ],
+    ids=["load", "from_pretrained", "trust_remote_code"],
+)
+def test_identical_in_a_fresh_process(saved, load, tmp_path):
+    done = python(CHECK.format(load=load), saved / "model", saved / "logits.pt")
+    assert done.stdout.strip().endswith("identical"), done.stderr
+
+
+def test_without_the_import_loading_fails(saved, tmp_path):
+    """Also of what plain save_pretrained has written."""
+    plain = tmp_path / "plain"
+    shutil.copytree(saved / "model", plain)
+    (plain / "modeling_grinqh.py").unlink()
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM; "
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('loaded')"
+    )
+    for directory in (saved / "model", plain):
+        done = python(code, directory)
+        assert done.returncode != 0
+        assert "loaded" not in done.stdout
+        assert "grinqh" in done.stderr  # "unknown quantization type"
+
+
+def test_without_transformers_the_package_still_works():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import torch, grinqh_ao
+from torchao.quantization import quantize_
+model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
+assert type(model[0].weight).__name__ == "GrinqhTensor"
+try:
+    grinqh_ao.load("x")
+except ImportError as error:
+    print(error)
+"""
+    done = python(code)
+    assert "needs transformers" in done.stdout, done.stderr
