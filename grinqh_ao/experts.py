@@ -60,6 +60,7 @@ class ExpertLinears(nn.Module):
         start = tokens if start is None else start
         parts = []
         weight = self.weight
+        n = weight.shape[1]
         if start > 0 or tokens == 0:
             y = ops.dense_experts(
                 x[:start].reshape(-1, k),
@@ -70,7 +71,7 @@ class ExpertLinears(nn.Module):
                 weight.gains,
                 weight.levels[-1],
             )
-            parts.append(y.view(start, routed, -1))
+            parts.append(y.view(start, routed, n))
         if start < tokens:
             y = ops.decode_experts(
                 x[start:].reshape(-1, k),
@@ -83,7 +84,7 @@ class ExpertLinears(nn.Module):
                 weight.gains,
                 weight.levels,
             )
-            parts.append(y.view(tokens - start, routed, -1))
+            parts.append(y.view(tokens - start, routed, n))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from grinqh_ao import GrinqhTensor
 from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.experts import ExpertLinears
 
 
 def dense_at(weight: GrinqhTensor, level: int) -> Tensor:
@@ -81,10 +82,35 @@ class PlainLinear(nn.Module):
         return (y if self.bias is None else y + self.bias.double()).to(x.dtype)
 
 
+class PlainExperts(ExpertLinears):
+    """Experts of the same rule: up to 8 tokens are decoded, each with each expert by itself."""
+
+    def __init__(self, weight: GrinqhTensor) -> None:
+        super().__init__(torch.zeros(0))
+        self.linears = [PlainLinear(one, None) for one in weight]
+        self.outputs = weight.shape[1]
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        y = x.new_zeros(*experts.shape, self.outputs)
+        for token in range(experts.shape[0]):
+            for slot, expert in enumerate(experts[token].tolist()):
+                linear = self.linears[expert]
+                row = x[token, slot if x.shape[1] > 1 else 0][None]
+                if len(experts) > 8:
+                    highest = linear.by_level[linear.nested.levels[-1]]
+                    y[token, slot] = (row.double() @ highest.t()).to(x.dtype)[0]
+                else:
+                    y[token, slot] = linear(row)[0]
+        return y
+
+
 def plain_model(model: nn.Module) -> nn.Module:
     """Replaces every quantized linear of ``model``, in place; embeddings become dense."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
+            if isinstance(child, ExpertLinears):
+                setattr(module, name, PlainExperts(child.weight))
+                continue
             weight = child._parameters.get("weight")
             if not isinstance(weight, GrinqhTensor):
                 continue
