@@ -12,17 +12,17 @@ from pathlib import Path
 from tabulate import tabulate
 from torch import nn
 
-from grinqh_ao import GrinqhTensor, demo
+from grinqh_ao import GrinqhTensor, running
 
 LEVELS = (2, 4, 6, 8)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="as for the demo")
+    parser.add_argument("--model", default=running.SMOLLM2, help="as for the demo")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, _ = demo.load(arguments.model)
+    model, _ = running.load(arguments.model)
     layers: dict[str, list[nn.Linear]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -43,7 +43,7 @@ def main() -> None:
         )
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2e"))
     if arguments.json:
-        report = {"machine": demo.describe_machine(), "rows": rows}
+        report = {"machine": running.describe_machine(), "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

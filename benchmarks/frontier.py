@@ -34,10 +34,10 @@ from grinqh_ao import (
     calibration,
     codec,
     compact,
-    demo,
     evaluate,
     grading,
     reference,
+    running,
     set_bits,
     token_batches,
 )
@@ -55,7 +55,7 @@ RIDGE = 1e-2
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--model", help="as for the demo")
+    parser.add_argument("--model", default=running.SMOLLM2, help="as for the demo")
     parser.add_argument("--text", default="cpython-docs")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--calibration", default="fortunes")
@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
-    model, tokenizer = demo.load(arguments.model)
-    ids = demo.token_rows(tokenizer, texts.load(arguments.text), arguments.tokens)
+    model, tokenizer = running.load(arguments.model)
+    ids = running.token_rows(tokenizer, texts.load(arguments.text), arguments.tokens)
     text = texts.load(arguments.calibration)
     batches = token_batches(text, tokenizer, arguments.calibration_tokens)
     rows = EXPERIMENTS[arguments.experiment](model, ids, batches)
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4f"))
     if arguments.json:
-        report = {"machine": demo.describe_machine(), "arguments": argv, "rows": rows}
+        report = {"machine": running.describe_machine(), "arguments": argv, "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

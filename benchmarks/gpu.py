@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from gpu_suite import checks, kernels, models
-from grinqh_ao.demo import describe_machine
+from grinqh_ao.running import describe_machine
 
 # Name, function, seconds that must be left for it to start.
 SECTIONS: list[tuple[str, Callable[[], object], int]] = [

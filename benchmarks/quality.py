@@ -29,9 +29,9 @@ from grinqh_ao import (
     GrinqhConfig,
     all_but_head,
     calibrate,
-    demo,
     evaluate,
     reference,
+    running,
     set_bits,
     summary,
     token_batches,
@@ -86,7 +86,7 @@ class Table:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="as for the demo")
+    parser.add_argument("--model", default=running.SMOLLM2, help="as for the demo")
     parser.add_argument("--text", default="cpython-docs")
     parser.add_argument("--skip-tokens", type=int, default=0, help="start that far into the text")
     parser.add_argument("--tokens", type=int, default=2048)
@@ -100,14 +100,14 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
 
-    model, tokenizer = demo.load(arguments.model)
+    model, tokenizer = running.load(arguments.model)
     scramble(model)
     text = texts.load(arguments.text)
-    ids = demo.token_rows(tokenizer, text, arguments.tokens, arguments.skip_tokens)
+    ids = running.token_rows(tokenizer, text, arguments.tokens, arguments.skip_tokens)
     batches = token_batches(
         texts.load(arguments.calibration), tokenizer, arguments.calibration_tokens
     )
-    machine = demo.describe_machine()
+    machine = running.describe_machine()
     head = {"machine": machine, "arguments": argv, "tokens": ids.numel()}
     table = Table(reference(model, ids, cache=arguments.cache), head, arguments.json)
     table.add(model, Row("full precision", "reference"), decode_rule=False)

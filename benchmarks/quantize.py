@@ -18,15 +18,15 @@ import psutil
 from torch import nn
 from torchao.quantization import quantize_
 
-from grinqh_ao import GrinqhConfig, demo, summary
+from grinqh_ao import GrinqhConfig, running, summary
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="as for the demo")
+    parser.add_argument("--model", default=running.SMOLLM2, help="as for the demo")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model, _ = demo.load(arguments.model)
+    model, _ = running.load(arguments.model)
     layers = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     largest = max(weight.nbytes for weight in layers)
     weights = sum(weight.numel() for weight in layers)
@@ -48,7 +48,7 @@ def main() -> None:
     done.set()
     thread.join()
     report = {
-        "machine": demo.describe_machine(),
+        "machine": running.describe_machine(),
         "weights": weights,
         "seconds": seconds,
         "million_weights_per_second": weights / seconds / 1e6,

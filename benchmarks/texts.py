@@ -16,7 +16,7 @@ import re
 import sysconfig
 from pathlib import Path
 
-from grinqh_ao import demo
+from grinqh_ao import running
 
 HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US")
 FORTUNES = Path("/usr/share/games/fortunes")
@@ -24,7 +24,7 @@ FORTUNES = Path("/usr/share/games/fortunes")
 
 def load(name: str) -> str:
     if name == "cpython-docs":
-        return demo.english_prose()
+        return running.english_prose()
     if name == "fortunes":
         return _fortunes()
     if name == "debian-handbook":

@@ -67,8 +67,8 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> list[Tensor]:
     [aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.add.Tensor, aten.sub.Tensor]
 )
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    # What adapters do to merge.
-    raise TypeError(
+    # What adapters do to merge. No TypeError: Python would replace it by one of its own.
+    raise NotImplementedError(
         f"{func}: nested codes cannot be added to; merge adapters into the full-precision model "
         "and quantize that, or take weight.dequantize()"
     )

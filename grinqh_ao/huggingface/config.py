@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+from torchao.quantization.quant_api import _is_linear
 from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grinqh_ao.checkpoint import FORMAT_VERSION, Attributes
@@ -75,6 +78,11 @@ class GrinqhHfConfig(QuantizationConfigMixin):
     def to_quantize(self) -> GrinqhConfig:
         """The same for ``quantize_``."""
         return GrinqhConfig(bits=self.bits, levels=self.levels, head_bits=self.head_bits)
+
+    def selects(self, module: nn.Module, name: str) -> bool:
+        """Whether a module is to be quantized: a filter for ``quantize_``."""
+        skipped = self.modules_to_not_convert
+        return bool(_is_linear(module, name) and should_convert_module(name, skipped))
 
     def attributes(self) -> dict[str, Attributes]:
         """By name, of all quantized weights of a saved model.

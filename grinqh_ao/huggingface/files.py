@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,33 @@ class _InFile:
         name = self._slice.get_dtype()
         return _DTYPES.get(name, name)
 
+    @property
+    def nbytes(self) -> int:
+        bits = {"F64": 64, "I64": 64, "F16": 16, "BF16": 16, "U8": 8, "I8": 8, "BOOL": 8}
+        return bits.get(self._slice.get_dtype(), 32) // 8 * math.prod(self.shape)
+
     def __getitem__(self, index: Any) -> Tensor:
         tensor: Tensor = self._slice[index]
         return tensor
+
+
+@contextlib.contextmanager
+def open_tensors(files: Sequence[str]) -> Iterator[dict[str, _InFile]]:
+    """All tensors of some files, by name.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        tensors: dict[str, _InFile] = {}
+        for path in files:
+            try:
+                opened = stack.enter_context(safe_open(path, "pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                tensors[name] = _InFile(Path(path).name, opened.get_slice(name))
+        yield tensors
 
 
 def check_files(
@@ -65,15 +90,7 @@ def check_files(
     Raises:
         ValueError: names the file, the layer and what is wrong with it.
     """
-    with contextlib.ExitStack() as stack, torch.device("cpu"):  # transformers has set "meta"
-        tensors: dict[str, _InFile] = {}
-        for path in files:
-            try:
-                opened = stack.enter_context(safe_open(path, "pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                tensors[name] = _InFile(Path(path).name, opened.get_slice(name))
+    with open_tensors(files) as tensors, torch.device("cpu"):  # transformers has set "meta"
         whole = Path(files[0]).parent
         for name, one in attributes.items():
             parts = {

@@ -6,14 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torchao.quantization.quant_api import _is_linear
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from grinqh_ao.checkpoint import Attributes, to_tensors
 from grinqh_ao.codec import SCALE_GROUP
@@ -63,17 +61,13 @@ class GrinqhHfQuantizer(HfQuantizer):
                 shapes = {n: model.get_parameter(own).shape for n, own in self.places.items()}
                 check_files(files, model, attributes, shapes)
             return
-        config = self.quantization_config.to_quantize()
-        skipped = self.quantization_config.modules_to_not_convert
-
-        def wanted(module: nn.Module, name: str) -> bool:
-            return bool(_is_linear(module, name) and should_convert_module(name, skipped))
-
+        config = self.quantization_config
+        call = QuantizeCall(model, config.to_quantize(), config.selects)
         for target, source in model.all_tied_weights_keys.items():  # transformers does it later
             module, _, name = target.rpartition(".")
             setattr(model.get_submodule(module), name, model.get_parameter(source))
         owners = owners_of_parameters(model)
-        for layer, is_head in plan(QuantizeCall(model, config, wanted), owners).items():
+        for layer, is_head in plan(call, owners).items():
             assert layer.weight is not None
             if layer.holds_experts:
                 self.planned[layer.name] = layer, False

@@ -21,6 +21,10 @@ import grinqh_ao  # noqa: F401
 import transformers
 
 
+class {config}(transformers.{config}):
+    pass
+
+
 class {architecture}(transformers.{architecture}):
     pass
 '''
@@ -83,10 +87,15 @@ def save(
     path = Path(directory)
     config: Any = model.config
     architecture = type(model).__name__
-    known = hasattr(transformers, architecture)
+    # The names of a model that was itself loaded through such a module are the same.
+    names = {"config": type(config).__name__, "architecture": architecture}
+    known = all(hasattr(transformers, name) for name in names.values())
     before = getattr(config, "auto_map", None)
     if known:
-        config.auto_map = {"AutoModelForCausalLM": f"{_MODULE}.{architecture}"}
+        config.auto_map = {
+            "AutoConfig": f"{_MODULE}.{names['config']}",
+            "AutoModelForCausalLM": f"{_MODULE}.{architecture}",
+        }
     try:
         model.save_pretrained(path, **options)
     finally:
@@ -97,7 +106,7 @@ def save(
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     if known:
-        (path / f"{_MODULE}.py").write_text(_CODE.format(architecture=architecture))
+        (path / f"{_MODULE}.py").write_text(_CODE.format(**names))
     card = path / "README.md"
     if not card.exists():
         base = Path(getattr(config, "_name_or_path", "") or architecture).name

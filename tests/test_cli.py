@@ -1,0 +1,240 @@
+"""The command ``grinqh``, on tiny models."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grinqh_ao
+from grinqh_ao import cli, summary
+from grinqh_ao.huggingface.files import open_tensors
+from models import tiny_model, tiny_tokenizer
+
+WORDS = " ".join(f"w{i % 300}" for i in range(900))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_tokenizer(WORDS).save_pretrained(directory)
+    tiny_model("llama", tied=True).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def saved(dense, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved") / "tiny-q"
+    assert grinqh("quantize", dense, "-o", directory) == 0
+    return directory
+
+
+def grinqh(*arguments):
+    """Exit code of a command, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["grinqh", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as exit:
+            return exit.code or 0
+    return 0
+
+
+def test_quantize_is_what_loading_with_a_config_gives(dense, saved):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    expected = AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=grinqh_ao.GrinqhHfConfig(bits=3)
+    )
+    found = grinqh_ao.load(saved)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, expected(ids).logits)
+    assert AutoTokenizer.from_pretrained(saved)("w1 w2").input_ids
+    assert "grinqh_ao.load" in (saved / "README.md").read_text()
+
+
+def test_options_of_quantize(dense, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text(WORDS)
+    code = grinqh(
+        "quantize", dense, "-o", tmp_path / "q", "--bits", "2.5", "--head-bits", "none", "--skip",
+        "down_proj", "--dtype", "bfloat16", "--calibrate", text, "--calibration-tokens", "128",
+        "--stored-bits", "5", "--max-shard-size", "50KB",
+    )  # fmt: skip
+    assert code == 0
+    assert "bits read per weight and token: 2.50" in capsys.readouterr().out
+    model = grinqh_ao.load(tmp_path / "q")
+    found = summary(model)
+    assert not any("down_proj" in name or "lm_head" in name for name in found.quantized)
+    assert model.dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.up_proj.weight.low is not None
+    assert len(list((tmp_path / "q").glob("*.safetensors"))) > 1
+
+
+def test_quantize_does_not_overwrite(dense, saved, capsys):
+    before = (saved / "config.json").stat().st_mtime_ns
+    assert grinqh("quantize", dense, "-o", saved) == 2
+    assert "is there already" in re.sub(r"\W+", " ", capsys.readouterr().err)
+    assert (saved / "config.json").stat().st_mtime_ns == before
+    assert grinqh("quantize", dense, "-o", saved, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["quantize", "DENSE"], 2, "--output"),
+        (["quantize", "DENSE", "-o", "NEW", "--bits", "9"], 1, "bits=9.0"),
+        (["quantize", "DENSE", "-o", "NEW", "--levels", "0,3"], 1, "levels"),
+        (["quantize", "DENSE", "-o", "NEW", "--levels", "a"], 2, "--levels"),
+        (["quantize", "DENSE", "-o", "NEW", "--stored-bits", "5"], 2, "--calibrate"),
+        (["quantize", "SAVED", "-o", "NEW"], 1, "is quantized already"),
+        (["quantize", "/no/where", "-o", "NEW"], 1, "no such directory"),
+        (["quantize", "/no/where.gguf", "-o", "NEW"], 1, "no such file"),
+        (["info", "DENSE"], 1, "not quantized by GRINQH"),
+        (["info", "/no/where"], 1, "No such file"),
+        (["generate", "SAVED"], 2, "--prompt"),
+        (["generate", "SAVED", "-p", "w1", "--bits", "0"], 1, "expected a number above 0"),
+        (["evaluate", "SAVED", "--bits", "2,x"], 2, "--bits"),
+        (["bench", "SAVED", "--bits", "12"], 1, "12"),
+        (["fly"], 2, "fly"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_and_change_nothing(
+    dense, saved, tmp_path, capsys, arguments, code, message
+):
+    places = {"DENSE": dense, "SAVED": saved, "NEW": tmp_path / "new"}
+    assert grinqh(*(places.get(a, a) for a in arguments)) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    if code == 1:
+        assert error.splitlines()[-1].startswith("grinqh: error: ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_info(saved, capsys, tmp_path):
+    report = tmp_path / "info.json"
+    assert grinqh("info", saved, "--json", report) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj +\| +2 \| 64x64 +\| 0,2,4,6,8", output)
+    assert "head, at least 6" in output
+    assert "model.norm.weight" in output
+    assert "weights quantized" in output
+    found = json.loads(report.read_text())
+    model = grinqh_ao.load(saved)
+    assert len(found["quantized"]) == 2 * 7 + 1
+    weight = model.model.layers[1].mlp.up_proj.weight
+    row = next(r for r in found["quantized"] if r["name"] == "model.layers.1.mlp.up_proj")
+    assert row["bits"] == pytest.approx(3, abs=1e-3)
+    assert row["megabytes"] * 1e6 == pytest.approx(weight.stored_bytes)
+    assert grinqh("info", saved, "--all") == 0
+    assert "model.layers.1.mlp.up_proj" in capsys.readouterr().out
+
+
+def test_info_of_experts_and_of_damaged_files(tmp_path, capsys):
+    from torchao.quantization import quantize_
+
+    model = tiny_model("qwen3_moe", tied=False)
+    quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
+    model.save_pretrained(tmp_path)
+    assert grinqh("info", tmp_path) == 0
+    assert "6 experts" in capsys.readouterr().out
+    with open_tensors([str(tmp_path / "model.safetensors")]) as tensors:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+    file = tmp_path / "model.safetensors"
+    assert 0 < file.stat().st_size - size < 100_000  # only the header is not counted
+    file.write_bytes(file.read_bytes()[:-100])
+    assert grinqh("info", tmp_path) == 1
+    assert "not a complete safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--bits", "2"], ["--temperature", "0.8", "--raw"]])
+def test_generate(saved, capsys, options):
+    assert grinqh("generate", saved, "-p", "w1 w2 w3", "--max-new-tokens", "6", *options) == 0
+    output = capsys.readouterr()
+    assert output.out.strip()
+    match = re.search(r"tokens/s, ([\d.]+) bits read per weight, ([\d.]+) of the head", output.err)
+    bits = 2 if "2" in options else 3
+    assert float(match[1]) == pytest.approx(bits, abs=0.5)
+    assert float(match[2]) == pytest.approx(6, abs=0.7)
+
+
+def test_generate_streams_what_generate_gives(saved, capsys):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = grinqh_ao.load(saved), AutoTokenizer.from_pretrained(saved)
+    inputs = tokenizer("w1 w2 w3", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = tokenizer.decode(output[0, 3:], skip_special_tokens=True)
+    assert grinqh("generate", saved, "-p", "w1 w2 w3", "--max-new-tokens", "6") == 0
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_generate_with_a_model_that_is_not_quantized_yet(dense, capsys):
+    assert grinqh("generate", dense, "-p", "w1 w2", "--max-new-tokens", "3", "--bits", "4") == 0
+    assert "quantizing it in memory" in capsys.readouterr().err
+
+
+def test_evaluate(dense, saved, tmp_path, capsys):
+    text, report = tmp_path / "text", tmp_path / "report.json"
+    text.write_text(WORDS)
+    common = ["--text", text, "--tokens", "256", "--bits", "2,4", "--json", report]
+    assert grinqh("evaluate", saved, *common, "--against", dense) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["weights"] for row in rows] == ["full precision", "prompts", *2 * ["decoding"]]
+    assert [row["bits_asked"] for row in rows] == [None, None, 2, 4]
+    kl = [row["kl"] for row in rows]
+    assert kl[0] < kl[1] < kl[3] < kl[2]
+    assert rows[3]["bits_read"] == pytest.approx(4, abs=0.5)
+    # The same, from the model that is not quantized yet.
+    assert grinqh("evaluate", dense, *common) == 0
+    again = [row["kl"] for row in json.loads(report.read_text())["rows"]]
+    assert again == pytest.approx(kl, abs=1e-6)
+    # Without it, against the model's own prompts.
+    assert grinqh("evaluate", saved, *common) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert rows[0]["weights"] == "prompts"
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "| decoding" in capsys.readouterr().out
+
+
+def test_bench(dense, saved, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    code = grinqh(
+        "bench", saved, "--bits", "2,4", "--against", dense, "--new-tokens", "3", "--repeat", "1",
+        "--prompt", "w1 w2", "--json", report,
+    )  # fmt: skip
+    assert code == 0
+    times = json.loads(report.read_text())["milliseconds"]
+    assert list(times) == ["2 bits", "4 bits", "full precision"]
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in times.values())
+    assert "times full precision" in capsys.readouterr().out
+
+
+def test_as_a_program(dense, tmp_path):
+    """Results on standard output, all else on standard error; each in a process of its own."""
+    program = Path(sys.executable).with_name("grinqh")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+    def run(*arguments):
+        return subprocess.run(
+            [program, *map(str, arguments)], capture_output=True, text=True, env=environment,
+            check=False,
+        )  # fmt: skip
+
+    directory = tmp_path / "tiny-q"
+    done = run("quantize", dense, "-o", directory)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("GRINQH: ")
+    done = run("generate", directory, "-p", "w1 w2 w3", "--max-new-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(w\d+|\[UNK\]| )+\n", done.stdout)
+    done = run("info", dense)
+    assert done.returncode == 1
+    assert done.stdout == ""
