@@ -55,16 +55,6 @@ def test_decode_op_is_called_once_per_linear_and_token(family):
     assert count.calls[ops.dequantize] == layers - 1
 
 
-def test_beams_and_static_cache(family):
-    model = tiny_model(family, tied=True)
-    quantize_(model, GrinqhConfig(bits=3))
-    same = plain.plain_model(copy.deepcopy(model))
-    ids = torch.randint(0, 320, (1, 11))
-    expected = generate(model, ids)
-    assert generate(model, ids, cache_implementation="static") == expected
-    assert generate(model, ids, num_beams=3) == generate(same, ids, num_beams=3)
-
-
 @torch.no_grad()
 def test_compiles_without_breaks_and_set_bits_does_not_recompile(family):
     model = tiny_model(family, tied=True)
