@@ -88,12 +88,12 @@ def compiled(model):
 
 
 def test_static_cache_compiled(models):
-    """As ``generate()`` does by itself on GPUs; in as many graphs as a dense model."""
+    """As ``generate()`` does by itself on GPUs; in no more graphs than a dense model."""
     model, same, _ = models
     found, graphs = compiled(model)
     assert found == generate(same, ONE, None, cache_implementation="static")
     family = {"gemma3_text": "gemma3"}.get(model.config.model_type, model.config.model_type)
-    assert graphs == compiled(tiny_model(family, tied=True))[1] > 0
+    assert 0 < graphs <= compiled(tiny_model(family, tied=True))[1]
 
 
 def test_static_cache_compiled_by_inductor():
