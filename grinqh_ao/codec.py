@@ -39,7 +39,7 @@ _GAINS = (0.85, 0.985, 1.0, 1.0)
 # Between these magnitudes every scale is a normal number.
 _TINY = 2.0**-100
 LARGEST = 2.0**100
-_BLOCK_WEIGHTS = {"cpu": 1 << 20}
+_BLOCK_WEIGHTS = {"cpu": 1 << 18}
 _BLOCK_WEIGHTS_DEFAULT = 1 << 24
 
 
@@ -179,15 +179,15 @@ def _row_scales(weight: Tensor, rows: int) -> Tensor:
     largest = torch.stack([block.abs().amax() for block in blocks]).amax().float()
     # In units of the largest weight squares neither overflow nor vanish; tiny layers become zero.
     unit = torch.where(largest >= _TINY, largest, torch.inf)
-    rms, peak = [], []
-    for block in blocks:
+    # Written in place: small results between large temporaries would leave the heap full of holes.
+    row_rms, peak = torch.empty((2, len(weight)), dtype=torch.float32, device=weight.device)
+    for start, block in zip(range(0, len(weight), rows), blocks, strict=True):
         relative = block.float() / unit
-        rms.append(relative.square().mean(dim=1).sqrt())
-        peak.append(relative.abs().amax(dim=1))
-    row_rms = torch.cat(rms)
+        row_rms[start : start + rows] = relative.square().mean(dim=1).sqrt()
+        peak[start : start + rows] = relative.abs().amax(dim=1)
     row_scale = row_rms / row_rms.mean().clamp_min(torch.finfo(torch.float32).tiny)
     row_scale = row_scale.bfloat16().float()
-    top = (torch.cat(peak) * _reciprocal(row_scale)).amax() * _SCALE_FACTORS[-1]
+    top = (peak * _reciprocal(row_scale)).amax() * _SCALE_FACTORS[-1]
     exponent = top.log2() + torch.where(largest >= _TINY, largest, 1).log2()
     power = torch.exp2(torch.nan_to_num(exponent, neginf=0.0).ceil().clamp(-120, 120))
     return (row_scale * power).bfloat16().float()

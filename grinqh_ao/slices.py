@@ -73,16 +73,20 @@ def pack(codes: Tensor, num_slices: int, tile: int) -> Tensor:
     """
     n, k = codes.shape
     tiles, words = -(-n // tile), tile // FIELDS_PER_WORD
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, tiles * tile - n))
-    # Fields 4j .. 4j+3 of a word are its byte j, so bytes can be built without signed shifts.
-    fields = codes.view(tiles, 4, 4, words, k)
     out = torch.empty((tiles, num_slices * k, words), dtype=torch.int32, device=codes.device)
-    for s, lines in enumerate(split(out, k)):
-        two_bits = (fields >> (2 * (num_slices - 1 - s))) & 3
-        byte = two_bits[:, :, 0]
-        for i in range(1, 4):
-            byte = byte | (two_bits[:, :, i] << (2 * i))
-        lines.copy_(byte.permute(0, 3, 2, 1).contiguous().view(torch.int32).squeeze(-1))
+    for block in tile_blocks(tiles, tile * k):
+        here = codes[block.start * tile : block.stop * tile]
+        here = torch.nn.functional.pad(
+            here, (0, 0, 0, (block.stop - block.start) * tile - len(here))
+        )
+        # Fields 4j .. 4j+3 of a word are its byte j, so bytes can be built without signed shifts.
+        fields = here.view(-1, 4, 4, words, k)
+        for s, lines in enumerate(split(out[block], k)):
+            two_bits = (fields >> (2 * (num_slices - 1 - s))) & 3
+            byte = two_bits[:, :, 0]
+            for i in range(1, 4):
+                byte = byte | (two_bits[:, :, i] << (2 * i))
+            lines.copy_(byte.permute(0, 3, 2, 1).contiguous().view(torch.int32).squeeze(-1))
     return out
 
 

@@ -11,12 +11,14 @@ from transformers.core_model_loading import ConversionOps
 
 from grinqh_ao.checkpoint import SUFFIXES, from_tensors
 from grinqh_ao.experts import expert_parameters, put_experts
+from grinqh_ao.memory import give_back
 from grinqh_ao.quantization import nested_weight
 
 if TYPE_CHECKING:
     from grinqh_ao.huggingface.quantizer import GrinqhHfQuantizer
 
 _WEIGHT = ".weight"
+GIVE_BACK_EVERY = 1 << 24
 
 
 class Quantize(ConversionOps):
@@ -40,6 +42,10 @@ class Quantize(ConversionOps):
             nested = nested_weight(dense, layer.config, is_head)
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from None
+        self.hf_quantizer.weights_since_giving_back += dense.numel()
+        if self.hf_quantizer.weights_since_giving_back >= GIVE_BACK_EVERY:
+            self.hf_quantizer.weights_since_giving_back = 0
+            give_back()
         if not layer.holds_experts:
             return {full_layer_name: nn.Parameter(nested, requires_grad=False)}
         put_experts(layer.module, layer.parameter, nested)

@@ -18,6 +18,7 @@ from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.huggingface.config import QUANT_METHOD, GrinqhHfConfig, groups_of
 from grinqh_ao.huggingface.files import check_files
 from grinqh_ao.huggingface.loading import Deserialize, Quantize, find_places
+from grinqh_ao.memory import give_back
 from grinqh_ao.model import quantized_modules, summary
 from grinqh_ao.quantization import plan, show_in_repr
 from grinqh_ao.selection import Layer, QuantizeCall
@@ -40,6 +41,7 @@ class GrinqhHfQuantizer(HfQuantizer):
         self.planned: dict[str, tuple[Layer, bool]] = {}
         self.stored: dict[str, Attributes] = {}
         self.places: dict[str, str] = {}
+        self.weights_since_giving_back = 0
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -110,6 +112,7 @@ class GrinqhHfQuantizer(HfQuantizer):
                 continue
             if parameter.data_ptr() % ALIGNMENT:
                 parameter.data = parameter.data.clone()
+        give_back()
         self.planned = {}  # it holds modules and would be copied with the model
         return model
 
