@@ -190,7 +190,8 @@ def _row_scales(weight: Tensor, rows: int) -> Tensor:
     top = (peak * _reciprocal(row_scale)).amax() * _SCALE_FACTORS[-1]
     exponent = top.log2() + torch.where(largest >= _TINY, largest, 1).log2()
     power = torch.exp2(torch.nan_to_num(exponent, neginf=0.0).ceil().clamp(-120, 120))
-    return (row_scale * power).bfloat16().float()
+    rounded: Tensor = (row_scale * power).bfloat16().float()
+    return rounded
 
 
 def _reciprocal(x: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ _library.define(
 )
 _library.define(
     "dense_experts(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor row_scale, "
-    "Tensor gains, int level) -> Tensor"
+    "Tensor gains, int level) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # it waits for the device, to know which experts it needs
 )
 _library.define(
     "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, Tensor? low, "
@@ -106,6 +107,28 @@ def _decode_linear_cuda(
     )[0]
 
 
+def _decode_experts_cuda(
+    x: Tensor,
+    experts: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    sensitivity: Tensor,
+    thresholds: Tensor,
+    gains: Tensor,
+    levels: Sequence[int],
+) -> Tensor:
+    stack = (slices, scales, row_scale, sensitivity, thresholds, gains)
+    if _has_triton():
+        from grinqh_ao.ops.triton import decode
+
+        weights = decode.Weight(*stack, None, None)
+        if decode.supports_experts(x, weights):
+            with torch.cuda.device(x.device):
+                return decode.decode_experts(x, experts, weights, levels)
+    return oracle.decode_experts(x, experts, *stack, levels)
+
+
 def _dequantize_cuda(
     slices: Tensor,
     scales: Tensor,
@@ -125,6 +148,7 @@ def _dequantize_cuda(
 
 _library.impl("decode_linear", _decode_linear_cuda, "CUDA")
 _library.impl("decode_linears", _decode_linears_cuda, "CUDA")
+_library.impl("decode_experts", _decode_experts_cuda, "CUDA")
 _library.impl("dequantize", _dequantize_cuda, "CUDA")
 
 

@@ -43,6 +43,7 @@ DECODE = {
     "gains": ("*fp32",),
     "bias": ("*bf16",),
     "low": ("*i32",),
+    "experts": "*i64",
     "out": ("*bf16",),
     "n": ("i32",),
     "tiles": ("i32",),
@@ -92,6 +93,7 @@ def decode_job(
     block: int = 1024,
     mean_block: int = 4096,
     compact: bool = False,
+    experts: bool = False,
 ) -> Job:
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
@@ -104,6 +106,10 @@ def decode_job(
         "SPLITS_AT_ONCE": 8192 // (16 * words),
         "INTERPRET": False,
     } | ({} if compact else {"low": None})
+    if experts:
+        constants["bias"] = None
+    else:
+        constants["experts"] = None
     if form == "mma":
         depth = configurations.depth(rows, block)
         entries = (8 * depth, 16 * depth)
@@ -117,7 +123,8 @@ def decode_job(
     }
     return Job(
         f"decode, {form}, rows {rows}, tile {16 * words}, chunks of {block}"
-        + (", compact" if compact else ""),
+        + (", compact" if compact else "")
+        + (", experts" if experts else ""),
         kernel,
         {name: (DECODE | floats)[name] for name in kernel.arg_names if name in DECODE},
         constants,
@@ -170,6 +177,8 @@ def jobs() -> list[Job]:
             decode_job("fma", 1, 4, capability),
             decode_job("mma", 1, 32, capability, compact=True),
             decode_job("fma", 1, 32, capability, compact=True),
+            decode_job("mma", 1, 32, capability, block=256, experts=True),
+            decode_job("fma", 1, 32, capability, block=256, experts=True),
             dequantize_job(4, 32, capability, compact=True),
             dequantize_job(2, 4, capability),
         )

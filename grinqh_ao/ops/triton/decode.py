@@ -1,4 +1,4 @@
-"""``grinqh::decode_linears`` on CUDA: chooses a form of the kernel and launches it, once.
+"""``grinqh::decode_linears`` and ``decode_experts`` on CUDA: a form of the kernel, one launch.
 
     mma   tensor cores; float16 and bfloat16, tiles of 256 and 512 outputs
     fma   float32 arithmetic; everything else
@@ -74,6 +74,26 @@ def decode_linears(x: Tensor, weights: Sequence[Weight], levels: Sequence[int]) 
     return launch(x, weights, levels, chunk, counters, capability, interpret=False)
 
 
+def supports_experts(x: Tensor, weights: Weight) -> bool:
+    """Whether there is a kernel for rows of ``x``, each with one of a stack of weights."""
+    slices = weights.slices
+    return (
+        len(x) > 0
+        and supports(x[:1], [slices[0]], [None])
+        and len(x) * slices.shape[1] <= MOST_TILES
+    )
+
+
+def decode_experts(x: Tensor, experts: Tensor, weights: Weight, levels: Sequence[int]) -> Tensor:
+    """See :func:`grinqh_ao.ops.oracle.decode_experts`. One launch."""
+    capability, multiprocessors = device_of(x.device.index)
+    slots, k = x.shape
+    tiles, words = slots * weights.slices.shape[1], weights.slices.shape[3]
+    chunk = chunk_length(capability, multiprocessors, tiles, k, form_of(x, words), 1)
+    counters = arrivals(tiles, x.device)
+    return launch(x, [weights], levels, chunk, counters, capability, False, experts)[0]
+
+
 def form_of(x: Tensor, words: int) -> str:
     return "mma" if words >= 16 and x.dtype != torch.float32 else "fma"
 
@@ -86,20 +106,27 @@ def launch(
     counters: Tensor,
     capability: int,
     interpret: bool,
+    experts: Tensor | None = None,
 ) -> list[Tensor]:
-    """Runs the kernel with chunks of a given length, on a device or in the interpreter."""
-    k, words = x.shape[-1], weights[0].slices.shape[2]
-    rows = x.numel() // k
+    """Runs the kernel with chunks of a given length, on a device or in the interpreter.
+
+    Args:
+        experts: int64 [S]; then there is one weight, a stack, and row s of ``x`` [S, K] is
+            multiplied with the one at experts[s].
+    """
+    k, words = x.shape[-1], weights[0].slices.shape[-1]
+    rows = x.numel() // k if experts is None else 1
+    slots = 1 if experts is None else len(experts)
     form = form_of(x, words)
     mma = form == "mma"
     # Kernels are compiled for 1, 2, 4 and 8 rows; mma's columns take four at least.
     compiled_rows = triton.next_power_of_2(rows)
     if mma and compiled_rows == 2:
         compiled_rows = 4
-    tiles = tuple(weight.slices.shape[0] for weight in weights)
+    tiles = tuple(weight.slices.shape[-3] for weight in weights)
     all_tiles, tile = sum(tiles), 16 * words
     splits = -(-k // chunk)
-    programs = all_tiles * splits
+    programs = slots * splits * all_tiles
     # Both lists of a program, each with padding, and what is loaded ahead of the last step.
     block = triton.next_power_of_2(chunk)
     padding = 80 * depth(rows, block) * WARPS if mma else 2 * entries_at_once(words)
@@ -109,7 +136,7 @@ def launch(
         return tuple(getattr(weight, name).contiguous() for weight in weights)
 
     slices, row_scales = of_each("slices"), of_each("row_scale")
-    n = tuple(row_scale.shape[0] for row_scale in row_scales)
+    n = tuple(row_scale.shape[-1] for row_scale in row_scales)
     biases = None
     if any(weight.bias is not None for weight in weights):
         biases = tuple(
@@ -125,7 +152,7 @@ def launch(
     else:
         scratch.append(floats(programs * compiled_rows * (capacity + 1) * (words // 4)))
     kernel = decode_mma_kernel if mma else decode_fma_kernel
-    kernel[(all_tiles, splits)](
+    kernel[(all_tiles, splits, slots)](
         x.contiguous(),
         slices,
         of_each("scales"),
@@ -135,12 +162,13 @@ def launch(
         of_each("gains"),
         biases,
         None if weights[0].low is None else of_each("low"),
+        None if experts is None else experts.contiguous(),
         out,
         n,
         tiles,
-        tuple(s.shape[1] for s in slices),
+        tuple(s.shape[-2] for s in slices),
         *scratch,
-        floats(splits * compiled_rows * all_tiles * tile),
+        floats(programs * compiled_rows * tile),
         counters,
         rows,
         k,

@@ -140,6 +140,7 @@ def decode_fma_kernel(
     gains,  # float32 [4]
     bias,  # [n]; or None, for all
     low,  # int32 [k]; or None, for all
+    experts,  # int64 [slots]; or None, see members.py
     out,  # [rows, n]
     n,
     tiles,
@@ -165,9 +166,29 @@ def decode_fma_kernel(
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
+    slot = tl.program_id(2)
     member, tile_of_weight = find(tile, tiles)
-    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
+    lines = pick(member, lines)
+    n = pick(member, n)
+    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * lines * WORDS
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
+    row_scale = pick(member, row_scale)
+    sensitivity = pick(member, sensitivity)
+    thresholds = pick(member, thresholds)
+    gains = pick(member, gains)
+    out = pick(member, out)
+    if experts is not None:
+        expert = tl.load(experts + slot)
+        slices += expert * all_tiles * lines * WORDS
+        scales += expert * all_tiles * k * (WORDS // 4)
+        row_scale += expert * n
+        sensitivity += expert * k
+        thresholds += expert * (2 * (len(LEVELS) - 1))
+        gains += expert * 4
+        x += slot * k
+        out += slot * n
+        partial += slot.to(tl.int64) * splits * ROWS * all_tiles * (16 * WORDS)
+        arrivals += slot * all_tiles
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
     ENTRY: tl.constexpr = 1 + ROWS
@@ -176,15 +197,14 @@ def decode_fma_kernel(
 
     first = split * chunk
     last = tl.minimum(first + chunk, k)
-    program = (split * all_tiles + tile).to(tl.int64)
+    program = (slot.to(tl.int64) * splits + split) * all_tiles + tile
     entries += program * capacity * ENTRY
     multipliers += program * (capacity + 1) * (ROWS * GROUPS)
     to_single = 2 * chunk + PADDING
     single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, pick(member, sensitivity), pick(member, thresholds), pick(member, gains),
-        None if low is None else pick(member, low), entries, single_entries, first, last, rows, k,
-        LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
+        x, sensitivity, thresholds, gains, None if low is None else pick(member, low), entries,
+        single_entries, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -247,7 +267,6 @@ def decode_fma_kernel(
         at = r * all_tiles * TILE + field * WORDS + word
         tl.store(sums + at, total * power_of_two(-exponent))
     combine(
-        partial, arrivals, pick(member, row_scale), None if bias is None else pick(member, bias),
-        pick(member, out), tile, tile_of_weight, splits, rows, pick(member, n), all_tiles * TILE,
-        TILE, ROWS, SPLITS_AT_ONCE,
+        partial, arrivals, row_scale, None if bias is None else pick(member, bias), out, tile,
+        tile_of_weight, splits, rows, n, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,
     )  # fmt: skip

@@ -2,6 +2,10 @@
 
 What differs between weights comes to a kernel as tuples; a program finds the weight of its tile
 first, and takes that weight's part of each.
+
+Experts are something else: one weight in the tuples, a stack of them in memory, and a third axis of
+programs for slots. A slot is a row of activations with the number of its expert, which only the
+device knows; ``experts`` has them.
 """
 
 from __future__ import annotations
