@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -231,6 +232,49 @@ def test_a_state_dict_is_checked_too(checkpoint):
     config = AutoConfig.from_pretrained(checkpoint)
     with pytest.raises(RuntimeError, match="conversion"):
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+
+
+def test_the_format_is_what_its_page_says(pristine):
+    """A reader of docs/format.md's, in NumPy, that knows nothing of this package."""
+    config = json.loads((pristine / "config.json").read_text())["quantization_config"]
+    model = AutoModelForCausalLM.from_pretrained(pristine)
+    tensors = load_file(pristine / "model.safetensors")
+    for group in config["weights"]:
+        for name in group["names"][-3:]:
+            parts = {
+                suffix: tensor.numpy() if tensor.dtype != torch.bfloat16 else tensor.float().numpy()
+                for suffix in ("", "_scales", "_row_scale", "_gains", "_low")
+                if (tensor := tensors.get(name + suffix)) is not None
+            }
+            weight = model.get_parameter(name)
+            for level in group["levels"][1:]:
+                read = read_by_the_page(parts, group["levels"][-1], level)
+                expected = weight.dequantize(torch.float64, level).numpy()
+                np.testing.assert_allclose(read, expected, rtol=1e-6, atol=1e-12)
+
+
+def read_by_the_page(parts, top, b):
+    slices, scales = parts[""].view(np.uint32), parts["_scales"]
+    (n,), (_, k, groups) = parts["_row_scale"].shape, scales.shape
+    w, stored, tile = slices.shape[2], top // 2, 64 * groups
+    high = min(stored, 2)
+    low = parts.get("_low", np.arange(k))
+    result = np.zeros((n, k))
+    for output in range(n):
+        t, p = divmod(output, tile)
+        for channel in range(k):
+            bits = b if low[channel] >= 0 else min(b, 4)
+            code = 0
+            for s in range(bits // 2):
+                line = high * channel + s
+                if s >= 2:
+                    line = high * k + (stored - 2) * low[channel] + s - 2
+                code = 4 * code + (int(slices[t, line, p % w]) >> (2 * (p // w)) & 3)
+            u = int(scales[t, channel, p // 64])
+            scale = 2 ** ((u - 255) / 16) if u else 0
+            value = parts["_gains"][bits // 2 - 1] * ((2 * code + 1) / 2**bits - 1)
+            result[output, channel] = parts["_row_scale"][output] * scale * value
+    return result
 
 
 @given(

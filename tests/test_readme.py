@@ -11,11 +11,14 @@ from models import tiny_model, tiny_tokenizer
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_snippets(capsys):
+def test_snippets(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", tied=True).save_pretrained("a-model")
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert snippets
     ids = torch.randint(0, 320, (1, 5))
     names = {
+        "name": "a-model",
         "model": tiny_model("llama", tied=True),
         "texts": [" ".join(f"w{i}" for i in range(300))],
         "tokenizer": tiny_tokenizer(" ".join(f"w{i}" for i in range(300))),

@@ -166,27 +166,23 @@ def decode_fma_kernel(
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
-    slot = tl.program_id(2)
     member, tile_of_weight = find(tile, tiles)
-    lines = pick(member, lines)
-    n = pick(member, n)
-    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * lines * WORDS
+    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
-    row_scale = pick(member, row_scale)
     sensitivity = pick(member, sensitivity)
     thresholds = pick(member, thresholds)
     gains = pick(member, gains)
-    out = pick(member, out)
+    program = (split * all_tiles + tile).to(tl.int64)
     if experts is not None:
+        slot = tl.program_id(2)
+        program += slot.to(tl.int64) * splits * all_tiles
         expert = tl.load(experts + slot)
-        slices += expert * all_tiles * lines * WORDS
+        slices += expert * all_tiles * lines[0] * WORDS
         scales += expert * all_tiles * k * (WORDS // 4)
-        row_scale += expert * n
         sensitivity += expert * k
         thresholds += expert * (2 * (len(LEVELS) - 1))
         gains += expert * 4
         x += slot * k
-        out += slot * n
         partial += slot.to(tl.int64) * splits * ROWS * all_tiles * (16 * WORDS)
         arrivals += slot * all_tiles
     TILE: tl.constexpr = 16 * WORDS
@@ -197,7 +193,6 @@ def decode_fma_kernel(
 
     first = split * chunk
     last = tl.minimum(first + chunk, k)
-    program = (slot.to(tl.int64) * splits + split) * all_tiles + tile
     entries += program * capacity * ENTRY
     multipliers += program * (capacity + 1) * (ROWS * GROUPS)
     to_single = 2 * chunk + PADDING
@@ -266,6 +261,13 @@ def decode_fma_kernel(
         total -= tl.load(correction + r * GROUPS + field * WORDS // 64 + 0 * word)
         at = r * all_tiles * TILE + field * WORDS + word
         tl.store(sums + at, total * power_of_two(-exponent))
+    # Not before the loops: there are no registers to keep it in.
+    n = pick(member, n)
+    row_scale = pick(member, row_scale)
+    out = pick(member, out)
+    if experts is not None:
+        row_scale += tl.load(experts + tl.program_id(2)) * n
+        out += tl.program_id(2) * n
     combine(
         partial, arrivals, row_scale, None if bias is None else pick(member, bias), out, tile,
         tile_of_weight, splits, rows, n, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,

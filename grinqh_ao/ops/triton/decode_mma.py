@@ -168,27 +168,23 @@ def decode_mma_kernel(
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
-    slot = tl.program_id(2)
     member, tile_of_weight = find(tile, tiles)
-    lines = pick(member, lines)
-    n = pick(member, n)
-    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * lines * WORDS
+    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
-    row_scale = pick(member, row_scale)
     sensitivity = pick(member, sensitivity)
     thresholds = pick(member, thresholds)
     gains = pick(member, gains)
-    out = pick(member, out)
+    program = (split * all_tiles + tile).to(tl.int64)
     if experts is not None:
+        slot = tl.program_id(2)
+        program += slot.to(tl.int64) * splits * all_tiles
         expert = tl.load(experts + slot)
-        slices += expert * all_tiles * lines * WORDS
+        slices += expert * all_tiles * lines[0] * WORDS
         scales += expert * all_tiles * k * (WORDS // 4)
-        row_scale += expert * n
         sensitivity += expert * k
         thresholds += expert * (2 * (len(LEVELS) - 1))
         gains += expert * 4
         x += slot * k
-        out += slot * n
         partial += slot.to(tl.int64) * splits * ROWS * all_tiles * (16 * WORDS)
         arrivals += slot * all_tiles
     DEPTH: tl.constexpr = depth(ROWS, BLOCK)
@@ -203,7 +199,6 @@ def decode_mma_kernel(
 
     first = split * chunk
     last = tl.minimum(first + chunk, k)
-    program = (slot.to(tl.int64) * splits + split) * all_tiles + tile
     entries += program * capacity * ENTRY
     single_entries = entries + (2 * chunk + PADDING) * ENTRY
     num_pairs, num_singles, exponent = build_lists(
@@ -309,6 +304,13 @@ def decode_mma_kernel(
         for w in tl.static_range(NUM_WARPS):
             total += tl.load(warp_sums + (w * ROWS + r) * TILE + output)
         tl.store(partial_tile + r * all_tiles * TILE + output, total * power_of_two(-exponent))
+    # Not before the loops: there are no registers to keep it in.
+    n = pick(member, n)
+    row_scale = pick(member, row_scale)
+    out = pick(member, out)
+    if experts is not None:
+        row_scale += tl.load(experts + tl.program_id(2)) * n
+        out += tl.program_id(2) * n
     combine(
         partial, arrivals, row_scale, None if bias is None else pick(member, bias), out, tile,
         tile_of_weight, splits, rows, n, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,
