@@ -19,13 +19,9 @@ from grinqh_ao.torchao_tensor import GrinqhTensor
 try:  # teaches transformers to load and save, wherever it is installed
     from grinqh_ao.huggingface import GrinqhHfConfig, load, save
 except ImportError as _error:
-    _reason = str(_error)
-
-    def __getattr__(name: str) -> object:
-        if name in ("GrinqhHfConfig", "load", "save"):
-            raise ImportError(f"grinqh_ao.{name} needs transformers 5.17 or newer: {_reason}")
-        raise AttributeError(f"module 'grinqh_ao' has no attribute {name!r}")
-
+    _why_not = str(_error)
+else:
+    _why_not = ""
 
 __version__ = "0.1.0"
 
@@ -47,3 +43,13 @@ __all__ = [
     "token_batches",
     "unfuse_projections",
 ]
+
+if _why_not:
+    _OF_TRANSFORMERS = ("GrinqhHfConfig", "load", "save")
+    __all__ = [name for name in __all__ if name not in _OF_TRANSFORMERS]
+
+    def __getattr__(name: str) -> object:
+        hint = f": it needs transformers 5.17 or newer: {_why_not}"
+        raise AttributeError(
+            f"grinqh_ao has no attribute {name!r}{hint if name in _OF_TRANSFORMERS else ''}"
+        )

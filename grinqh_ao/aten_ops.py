@@ -58,6 +58,20 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     return expert
 
 
+@GrinqhTensor.implements(aten.equal.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> bool:
+    one, other = args
+    if not (isinstance(one, GrinqhTensor) and isinstance(other, GrinqhTensor)):
+        return False  # what transformers asks of a head and an embedding that may be tied
+    same: bool = (
+        one.shape == other.shape
+        and (one.levels, one.min_bits, one.dtype) == (other.levels, other.min_bits, other.dtype)
+        and one.data_names == other.data_names
+        and all(torch.equal(getattr(one, n), getattr(other, n)) for n in one.data_names)
+    )
+    return same
+
+
 @GrinqhTensor.implements(aten.unbind.int)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> list[Tensor]:
     return [args[0].select(0, index) for index in range(len(args[0]))]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.grading import check_levels
-from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_SLICES, TILE_WIDTHS
+from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, HIGH_SLICES, TILE_WIDTHS
 from grinqh_ao.tails import check_curve
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -160,9 +160,10 @@ def _check_shapes(
     if "low" in found:
         # As many as there are; they are counted with the values of low.
         least = HIGH_SLICES * k
-        if experts or attributes.levels[-1] != 8 or attributes.min_bits:
+        levels = attributes.levels
+        if experts or HIGH_LEVEL not in levels or levels[-1] != 8 or attributes.min_bits:
             raise ValueError(
-                f"{where}: low: only weights with levels up to 8 that are neither experts nor an "
+                f"{where}: low: only weights with levels 4 and 8 that are neither experts nor an "
                 "output head are stored compactly"
             )
         lines = slices[-2] if slices[-2] >= least and slices[-2] % 2 == 0 else least

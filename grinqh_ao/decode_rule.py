@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,22 @@ from torch import Tensor
 # a measured crossover per GPU: see docs/kernel.md.
 MAX_DECODED_TOGETHER = 8
 
-_dense_prefix: ContextVar[int | None] = ContextVar("grinqh_dense_prefix", default=None)
+
+@dataclass
+class _Switch:
+    """The decode rule on every row.
+
+    Attributes:
+        prefix: rows at the start of each sequence that take the dense path.
+        sequence: length of sequences, as linear layers last saw it. Experts see all tokens of a
+            batch in one row, and are told by this where sequences begin.
+    """
+
+    prefix: int
+    sequence: int | None = None
+
+
+_switch: ContextVar[_Switch | None] = ContextVar("grinqh_decode_every_row", default=None)
 
 
 @contextmanager
@@ -39,30 +55,45 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
     """
     if not isinstance(dense_prefix, int) or dense_prefix < 0:
         raise ValueError(f"dense_prefix={dense_prefix!r}: expected a whole number, 0 or more")
-    token = _dense_prefix.set(dense_prefix)
+    token = _switch.set(_Switch(dense_prefix))
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        _dense_prefix.reset(token)
+        _switch.reset(token)
 
 
 def first_decoded_row(x: Tensor) -> int | None:
     """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
     rows = x.numel() // x.shape[-1]
-    prefix = _prefix()
-    if rows == 1 or (prefix is None and 1 < rows <= MAX_DECODED_TOGETHER):
+    switch = _active()
+    if switch is not None and x.dim() > 2:
+        switch.sequence = x.shape[-2]
+    if rows == 1 or (switch is None and 1 < rows <= MAX_DECODED_TOGETHER):
         return 0
-    if prefix is None or x.dim() < 2 or rows == 0 or prefix >= x.shape[-2]:
+    if switch is None or x.dim() < 2 or rows == 0 or switch.prefix >= x.shape[-2]:
         return None
-    return prefix
+    return switch.prefix
+
+
+def decoded_tokens(tokens: int) -> bool | Tensor:
+    """Which of a batch's tokens experts decode: all, none, or with the switch on bool [tokens].
+
+    With the switch on, sequences are as long as the linear layers before have seen them; where none
+    of those is quantized, all tokens are taken for one sequence.
+    """
+    switch = _active()
+    if switch is None or tokens == 1:
+        return 1 <= tokens <= MAX_DECODED_TOGETHER
+    length = switch.sequence if switch.sequence and tokens % switch.sequence == 0 else tokens
+    return torch.arange(tokens) % length >= switch.prefix
 
 
 def decoded_together() -> bool:
     """Whether decoded rows share the levels of their channels; they do unless the switch is on."""
-    return _prefix() is None
+    return _active() is None
 
 
-def _prefix() -> int | None:
+def _active() -> _Switch | None:
     # Compiled functions run eagerly under the switch, and Dynamo cannot trace a ContextVar.
-    return None if torch.compiler.is_compiling() else _dense_prefix.get()
+    return None if torch.compiler.is_compiling() else _switch.get()

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grinqh_ao import ops
-from grinqh_ao.decode_rule import first_decoded_row
+from grinqh_ao.decode_rule import decoded_tokens
 from grinqh_ao.tails import formula_curve
-from grinqh_ao.torchao_tensor import GrinqhTensor
+from grinqh_ao.torchao_tensor import GrinqhTensor, autocast
 
 IMPLEMENTATION = "grinqh"
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -50,47 +50,46 @@ class ExpertLinears(nn.Module):
         Returns:
             [T, R, N] in the dtype of ``x``.
         """
+        x = autocast(x)
         tokens, routed = experts.shape
-        k = x.shape[-1]
-        wants_grad = x.requires_grad and torch.is_grad_enabled()
-        start = None if wants_grad else self.first_decoded_token(x)
-        x = x.expand(tokens, routed, k)
-        if wants_grad:
-            return _one_by_one(self.weight, x, experts)
-        start = tokens if start is None else start
-        parts = []
-        weight = self.weight
-        n = weight.shape[1]
-        if start > 0 or tokens == 0:
-            y = ops.dense_experts(
-                x[:start].reshape(-1, k),
-                experts[:start].flatten(),
-                weight.slices,
-                weight.scales,
-                weight.row_scale,
-                weight.gains,
-                weight.levels[-1],
-            )
-            parts.append(y.view(start, routed, n))
-        if start < tokens:
-            y = ops.decode_experts(
-                x[start:].reshape(-1, k),
-                experts[start:].flatten(),
-                weight.slices,
-                weight.scales,
-                weight.row_scale,
-                weight.sensitivity,
-                weight.thresholds,
-                weight.gains,
-                weight.levels,
-            )
-            parts.append(y.view(tokens - start, routed, n))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _one_by_one(self.weight, x.expand(tokens, routed, -1), experts)
+        decoded = decoded_tokens(tokens)
+        if isinstance(decoded, bool):
+            return (self._decode if decoded else self._dense)(x, experts)
+        decoded = decoded.to(x.device)
+        y = x.new_empty(tokens, routed, self.weight.shape[1])
+        y[decoded] = self._decode(x[decoded], experts[decoded])
+        y[~decoded] = self._dense(x[~decoded], experts[~decoded])
+        return y
 
-    @staticmethod
-    def first_decoded_token(x: Tensor) -> int | None:
-        """Tokens of ``x`` [T, R, K] from this index on are decoded; None when none is."""
-        return first_decoded_row(x[:, 0])
+    def _decode(self, x: Tensor, experts: Tensor) -> Tensor:
+        weight = self.weight
+        y = ops.decode_experts(
+            x.expand(*experts.shape, -1).flatten(0, 1),
+            experts.flatten(),
+            weight.slices,
+            weight.scales,
+            weight.row_scale,
+            weight.sensitivity,
+            weight.thresholds,
+            weight.gains,
+            weight.levels,
+        )
+        return y.view(*experts.shape, weight.shape[1])
+
+    def _dense(self, x: Tensor, experts: Tensor) -> Tensor:
+        weight = self.weight
+        y = ops.dense_experts(
+            x.expand(*experts.shape, -1).flatten(0, 1),
+            experts.flatten(),
+            weight.slices,
+            weight.scales,
+            weight.row_scale,
+            weight.gains,
+            weight.levels[-1],
+        )
+        return y.view(*experts.shape, weight.shape[1])
 
     def restack(self, weights: Sequence[GrinqhTensor]) -> None:
         """Takes experts' weights back whose tensor data may have been replaced by calibration."""
@@ -129,9 +128,6 @@ def put_experts(module: nn.Module, name: str, weight: Tensor) -> None:
     Args:
         weight: a stack [E, N, K], or a place for one that is still to be loaded.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     # A config of its own: the model's other layers may be dense.
     config: Any = copy.copy(module.config)
     config._experts_implementation = IMPLEMENTATION
@@ -178,5 +174,8 @@ def _one_by_one(weights: Tensor, x: Tensor, experts: Tensor) -> Tensor:
         y.append(F.linear(x[token, slot], weights[expert]))
         tokens.append(token)
         slots.append(slot)
-    out = x.new_zeros(*experts.shape, weights.shape[1])
-    return out.index_put((torch.cat(tokens), torch.cat(slots)), torch.cat(y)) if y else out
+    if not y:
+        return x.new_zeros(*experts.shape, weights.shape[1])
+    rows = torch.cat(y)  # of autocast's dtype where that is on
+    out = rows.new_zeros(*experts.shape, weights.shape[1])
+    return out.index_put((torch.cat(tokens), torch.cat(slots)), rows)

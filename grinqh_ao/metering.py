@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grinqh_ao.codec import SCALE_GROUP
-from grinqh_ao.decode_rule import decoded_together, first_decoded_row
+from grinqh_ao.decode_rule import decoded_together, decoded_tokens, first_decoded_row
 from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.model import quantized_modules
 from grinqh_ao.torchao_tensor import GrinqhTensor
@@ -266,14 +266,15 @@ def _count_experts(
     kwargs: dict[str, Tensor],
 ) -> None:
     x, experts = args
-    start = module.first_decoded_token(x)
-    if start is None:
+    decoded = decoded_tokens(len(experts))
+    if decoded is False:
         return
     if x.requires_grad and torch.is_grad_enabled():
         counter.tokens_with_gradient += 1
         return
-    experts = experts[start:]
-    rows = x.detach()[start:].expand(*experts.shape, -1)
+    if isinstance(decoded, Tensor):
+        experts, x = experts[decoded.to(x.device)], x[decoded.to(x.device)]
+    rows = x.detach().expand(*experts.shape, -1)
     for expert in experts.unique().tolist():
         bits = weights[expert].grade(rows[experts == expert].to(weights.device))
         counter.add(bits, tokens=0)

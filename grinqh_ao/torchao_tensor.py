@@ -289,9 +289,7 @@ class GrinqhTensor(TorchAOBaseTensor):
             raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {self.shape[1]}]")
         if not x.is_floating_point():
             raise TypeError(f"input of dtype {x.dtype}: expected floating point")
-        device = x.device.type
-        if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = autocast(x)
         bias = None if bias is None else bias.to(x.dtype)
         start = self.first_decoded_row(x, bias)
         if start is None:
@@ -409,6 +407,14 @@ class GrinqhTensor(TorchAOBaseTensor):
             f"GrinqhTensor(shape={tuple(self.shape)}, {self._quantization_type()}, "
             f"dtype={self.dtype}, device={self.device})"
         )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` as ``torch.autocast`` would have it, where that is on."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _wants_grad(tensor: Tensor | None) -> bool:

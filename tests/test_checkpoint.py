@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchao.quantization import quantize_
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from grinqh_ao import GrinqhConfig, GrinqhTensor, calibrate
 from grinqh_ao.checkpoint import SUFFIXES, Attributes, from_tensors, to_tensors
@@ -176,6 +176,20 @@ class TestCompact:
         edit(checkpoint, lambda tensors: tensors[f"{LAYER}_curve"][40:60].fill_(0.9))
         refused(checkpoint, "model.safetensors", LAYER, "curve: ")
 
+    def test_levels_without_4_cannot_be_compact(self, checkpoint):
+        """Where a channel is without low slices it is read at 4 bits."""
+
+        def change(config):
+            config["weights"][0]["levels"] = [0, 2, 6, 8]
+
+        def three(tensors):
+            for name in [name for name in tensors if name.endswith("_thresholds")]:
+                tensors[name] = tensors[name][:, :3].clone()
+
+        edit_config(checkpoint, change)
+        edit(checkpoint, three)
+        refused(checkpoint, "model.safetensors", "low: ", "levels 4 and 8")
+
     def test_head_cannot_be_compact(self, checkpoint):
         def change(config):
             config["weights"][0]["names"].remove(LAYER)
@@ -192,7 +206,7 @@ class TestCompact:
         (lambda c: c.pop("weights"), ["weights", "missing"]),
         (lambda c: c.update(weights=[]), ["weights", "names no weight"]),
         (lambda c: c["weights"][1].update(levels=[0, 2, 4, 6]), ["lm_head.weight", "slices: "]),
-        (lambda c: c["weights"][0].update(levels=[0, 2, 8]), ["thresholds: ", "(0, 2, 8)"]),
+        (lambda c: c["weights"][0].update(levels=[0, 4, 8]), ["thresholds: ", "(0, 4, 8)"]),
         (lambda c: c["weights"][0].update(levels=[0, 3]), ["levels=[0, 3]"]),
         (lambda c: c["weights"][0].update(min_bits=9), ["min_bits=9"]),
         (lambda c: c["weights"][0].update(min_bits=None), ["min_bits=None"]),
@@ -223,6 +237,25 @@ def test_missing_shard(tmp_path):
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
     with pytest.raises(OSError, match=r"00002"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", LAYER])
+def test_what_is_missing_is_missed_by_the_model_without_a_head(checkpoint, name):
+    def change(tensors):
+        for key in [key for key in tensors if key.startswith(name)]:
+            del tensors[key]
+
+    edit(checkpoint, change)
+    with pytest.raises(ValueError, match=f"{name.removeprefix('model.')}: missing"):
+        AutoModel.from_pretrained(checkpoint)
+
+
+def test_a_state_dict_without_a_layer(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(LAYER)}
+    config = AutoConfig.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=f"{LAYER}: missing"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=rest)
 
 
 def test_a_state_dict_is_checked_too(checkpoint):

@@ -176,6 +176,33 @@ def test_set_bits_reaches_every_expert(family):
         set_bits(model, 9)
 
 
+@torch.no_grad()
+def test_the_switch_knows_the_sequences_of_a_batch(family):
+    model = tiny_model(family, tied=False)
+    quantize_(model, GrinqhConfig(bits=2))
+    ids = torch.randint(0, 320, (2, 24))
+    with decode_every_row(12), measure(model) as together:
+        found = model(ids, use_cache=False).logits
+    with decode_every_row(12), measure(model) as alone:
+        expected = torch.cat([model(row[None], use_cache=False).logits for row in ids])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert together.body.bits == pytest.approx(alone.body.bits, abs=0.01)
+
+
+def test_autocast(family):
+    """As Trainer uses it with bf16=True."""
+    model = tiny_model(family, tied=False)
+    quantize_(model, GrinqhConfig(bits=3))
+    ids = torch.randint(0, 320, (1, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model.model.embed_tokens(ids).detach().requires_grad_()
+        model(inputs_embeds=x).logits.float().sum().backward()
+        with torch.no_grad():
+            for rows in (20, 3):
+                assert model(ids[:, :rows]).logits.isfinite().all()
+    assert x.grad.abs().max() > 0
+
+
 def test_calibration_meets_bits_over_experts(family):
     model = tiny_model(family, tied=False)
     quantize_(model, GrinqhConfig(bits=3))

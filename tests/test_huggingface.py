@@ -25,7 +25,7 @@ from grinqh_ao import (
 )
 from grinqh_ao.huggingface.quantizer import GrinqhHfQuantizer
 from grinqh_ao.model import quantized_linears
-from models import layers_of, tiny_model, tiny_tokenizer
+from models import SMALL, layers_of, tiny_model, tiny_tokenizer
 
 MODELS = [
     ("llama", True),
@@ -92,7 +92,7 @@ def test_saved_again(tmp_path):
     first.save_pretrained(tmp_path / "second")
     assert_alike(first, AutoModelForCausalLM.from_pretrained(tmp_path / "second"))
     config = json.loads((tmp_path / "second" / "config.json").read_text())
-    assert config["quantization_config"]["bits"] == 4.0
+    assert config["quantization_config"]["bits"] == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("stored_bits", [None, 5.0])
@@ -158,15 +158,103 @@ def test_disk_offload_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "disk"})
 
 
-def test_offloaded_models_are_saved_whole(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_offloaded_models_are_saved_whole(tied, tmp_path):
     import accelerate
 
-    model = quantized(tied=False)
+    model = quantized(tied=tied)
     expected = logits(model)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.lm_head.weight.is_meta
     grinqh_ao.save(model, tmp_path)
-    assert torch.equal(logits(grinqh_ao.load(tmp_path)), expected)
+    loaded = grinqh_ao.load(tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_a_head_that_was_untied_stays_so(tmp_path):
+    model = tiny_model("llama", tied=True)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    quantize_(model, GrinqhConfig(bits=3))
+    model.save_pretrained(tmp_path)
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_saving_over_the_files_that_are_in_use(tmp_path):
+    quantized().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    set_bits(model, 2.0)
+    model.save_pretrained(tmp_path)
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_names_that_a_conversion_would_change(tmp_path):
+    """In Laguna's files it is mlp.shared_expert, a pattern that fits its shared_experts too."""
+    config = transformers.LagunaConfig(
+        **SMALL, head_dim=16, moe_intermediate_size=80, num_experts=4, num_experts_per_tok=2,
+        shared_expert_intermediate_size=80,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LagunaForCausalLM(config).eval()
+    quantize_(model, GrinqhConfig(bits=3))
+    model.save_pretrained(tmp_path)
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_vision_language_model(tmp_path):
+    text = SMALL | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    config = transformers.Qwen2VLConfig(
+        text_config=text,
+        vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+        image_token_id=300, video_token_id=301, vision_start_token_id=302, vision_end_token_id=303,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    quantize_(model, GrinqhConfig(bits=3))
+    grinqh_ao.save(model, tmp_path)
+    assert_alike(model, grinqh_ao.load(tmp_path))
+    assert '"AutoModelForImageTextToText"' in (tmp_path / "config.json").read_text()
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(base.get_parameter(name), parameter), name
+
+
+def test_parts_that_are_models_are_saved_alone(tmp_path):
+    model = quantized(tied=False)
+    model.model.save_pretrained(tmp_path)
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(IDS)[0], model.model(IDS)[0])
+
+
+def test_a_config_that_models_share_is_changed_by_saving_only():
+    model = quantized()
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_classifiers(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, num_labels=3, pad_token_id=0)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    quantize_(model, GrinqhConfig(bits=3))
+    grinqh_ao.save(model, tmp_path)
+    assert "AutoModelForSequenceClassification" in (tmp_path / "config.json").read_text()
+    loaded = grinqh_ao.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_save_does_not_upload_half(tmp_path):
+    with pytest.raises(ValueError, match="upload_folder"):
+        grinqh_ao.save(quantized(), tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_very_few_bits(tmp_path):
+    model = quantized()
+    set_bits(model, 1e-7)
+    model.save_pretrained(tmp_path)
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
 def test_base_model_of_a_saved_one(tmp_path):
@@ -455,6 +543,15 @@ def test_without_the_import_loading_fails(saved, tmp_path):
         assert "grinqh" in done.stderr  # "unknown quantization type"
 
 
+def test_a_pickled_mixture_runs_in_a_fresh_process(tmp_path):
+    model = quantized("mixtral", tied=False)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((IDS, logits(model)), tmp_path / "logits.pt")
+    load = "import grinqh_ao; model = torch.load(model_path, weights_only=False)"
+    done = python(CHECK.format(load=load), tmp_path / "model.pt", tmp_path / "logits.pt")
+    assert done.stdout.strip().endswith("identical"), done.stderr
+
+
 def test_without_transformers_the_package_still_works():
     code = """
 import sys
@@ -466,8 +563,9 @@ quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
 assert type(model[0].weight).__name__ == "GrinqhTensor"
 try:
     grinqh_ao.load("x")
-except ImportError as error:
+except AttributeError as error:
     print(error)
+from grinqh_ao import *
 """
     done = python(code)
     assert "needs transformers" in done.stdout, done.stderr

@@ -37,7 +37,8 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        # RuntimeError is what transformers raises of a model that it cannot load.
         message = " ".join(str(error).split())
         print(f"grinqh: error: {message}", file=sys.stderr)
         sys.exit(1)

@@ -31,6 +31,8 @@ def generate(
     from grinqh_ao import decode_every_row, measure
     from grinqh_ao.running import Clock, prompt_inputs
 
+    if not prompt:
+        raise typer.BadParameter("is empty", param_hint="--prompt")
     found, tokenizer = open_model(model, bits)
     inputs = prompt_inputs(tokenizer, prompt, raw=raw).to(found.device)
 

@@ -78,8 +78,8 @@ def read(directory: Path) -> tuple[list[Row], list[Row]]:
     from grinqh_ao.huggingface.files import open_tensors
 
     config = json.loads((directory / "config.json").read_text())
-    settings = config.get("quantization_config") or {}
-    if settings.get("quant_method") != QUANT_METHOD:
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{directory}: not quantized by GRINQH")
     attributes = GrinqhHfConfig(**settings).attributes()
     rows, taken = [], set()

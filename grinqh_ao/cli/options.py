@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,11 +27,14 @@ def say(message: str) -> None:
 def numbers(text: str, name: str) -> list[float]:
     """Numbers with commas between; raises typer.BadParameter."""
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
     except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
         raise typer.BadParameter(
             f"{text!r}: expected numbers with commas between, as 2,3,4", param_hint=name
-        ) from None
+        )
+    return found
 
 
 def open_model(model: str, bits: float | None = None) -> tuple[Any, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,7 +26,8 @@ def quantize(
         list[str] | None, typer.Option(help="Leave modules of this name dense. May be repeated.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of what is not quantized: bfloat16, float16, float32 or auto.")
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of what is not quantized."),
     ] = "auto",
     calibrate: Annotated[
         Path | None,
@@ -43,18 +45,35 @@ def quantize(
 
     (All of it for .gguf files.) Without --calibrate no data is needed.
     """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     from grinqh_ao import GrinqhHfConfig, save, summary
     from grinqh_ao import calibrate as calibrate_model
+    from grinqh_ao.compact import check_stored_bits
     from grinqh_ao.running import is_gguf, load
 
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise typer.BadParameter(f"{output} is there already; --overwrite?", param_hint="--output")
-    if stored_bits is not None and calibrate is None:
-        raise typer.BadParameter("needs --calibrate", param_hint="--stored-bits")
+    if stored_bits is not None:
+        if calibrate is None:
+            raise typer.BadParameter("needs --calibrate", param_hint="--stored-bits")
+        check_stored_bits(stored_bits)
+        if bits >= stored_bits:
+            raise typer.BadParameter("expected more than --bits", param_hint="--stored-bits")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", max_shard_size, re.IGNORECASE):
+        raise typer.BadParameter(
+            f"{max_shard_size!r}: expected a size, as 5GB", param_hint="--max-shard-size"
+        )
+    head = None if head_bits == "none" else numbers(head_bits, "--head-bits")
+    if head is not None and len(head) != 1:
+        raise typer.BadParameter(
+            f"{head_bits!r}: expected one number, or none", param_hint="--head-bits"
+        )
+    wanted = numbers(levels, "--levels")
     config = GrinqhHfConfig(
         bits=bits,
-        levels=[int(level) for level in numbers(levels, "--levels")],
-        head_bits=None if head_bits == "none" else numbers(head_bits, "--head-bits")[0],
+        levels=[int(level) if level.is_integer() else level for level in wanted],  # type: ignore[misc]
+        head_bits=head[0] if head else None,
         modules_to_not_convert=skip,
     )
     text = None if calibrate is None else calibrate.read_text()
@@ -67,6 +86,9 @@ def quantize(
             quantized, text, tokenizer=tokenizer, tokens=calibration_tokens, stored_bits=stored_bits
         )
     seconds = time.perf_counter() - started
+    for pattern in skip or ():
+        if all(should_convert_module(name, [pattern]) for name, _ in quantized.named_modules()):
+            say(f"warning: --skip {pattern}: no module has such a name")
     save(quantized, output, tokenizer, max_shard_size=max_shard_size)
     print(summary(quantized))
     say(f"loaded and quantized in {seconds:.1f} s, saved in {output}; next:")

@@ -70,6 +70,10 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         )
         self.to_quantize()  # refuses what is out of range
         if weights is not None:
+            if not isinstance(weights, Sequence) or not all(
+                isinstance(group, Mapping) for group in weights
+            ):
+                raise ValueError(f"quantization_config: weights={weights!r}: expected groups")
             self.format_version = FORMAT_VERSION
             self.weights = [dict(group) for group in weights]
         elif format_version is not None:

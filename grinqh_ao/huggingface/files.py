@@ -125,12 +125,16 @@ def _check_complete(
     where: Path,
 ) -> None:
     """transformers would only warn of what is missing, and leave it random."""
-    if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
-        return  # another kind of model than was saved may well have layers of its own
+    prefix = f"{model.base_model_prefix}."
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    is_base = not hasattr(model, model.base_model_prefix)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     for name in model.state_dict():
-        if name in tensors or name in attributes or name in tied:
+        # Another kind of model than was saved may well have layers of its own, beside the base.
+        if not (same_class or is_base or name.startswith(prefix)):
             continue
-        if not any(re.search(pattern, name) for pattern in ignored):
+        if name in tied or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if not {name, prefix + name, name.removeprefix(prefix)} & {*tensors, *attributes}:
             raise ValueError(f"{where}: {name}: missing")

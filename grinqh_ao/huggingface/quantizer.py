@@ -99,10 +99,13 @@ class GrinqhHfQuantizer(HfQuantizer):
         return [WeightConverter(patterns, target, [Deserialize(self)])]
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        # First: converters of the model's own must not take a quantized weight for a dense one.
-        return [*self.get_weight_conversions(), *weight_conversions]
+        # Saved names are the model's own already, and not all renamings would leave them alone.
+        return self.get_weight_conversions() if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        loaded = {n for n, p in model.named_parameters() if isinstance(p, GrinqhTensor)}
+        if missing := [name for name in self.stored if name not in loaded]:
+            raise ValueError(f"{missing[0]}: missing")  # in a state_dict; files are checked before
         for _, module, _ in quantized_modules(model):
             show_in_repr(module)
         for parameter in model.parameters():
@@ -121,13 +124,19 @@ class GrinqhHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = model.state_dict()
         attributes: dict[str, Attributes] = {}
-        dropped = set(getattr(model, "all_tied_weights_keys", None) or {})
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        tied = {
+            target: source
+            for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+            if _same(parameters.get(target), parameters.get(source))
+        }
         with_data = {f"{name}.weight": weight for name, _, weight in quantized_modules(model)}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        with_data |= {tied[name]: weight for name, weight in with_data.items() if name in tied}
+        for name, parameter in parameters.items():
             if not isinstance(parameter, GrinqhTensor):
                 continue
             del state[name]
-            if name not in dropped:
+            if name not in tied:
                 weight = with_data.get(name, parameter)
                 attributes[name] = Attributes.of(weight)
                 state |= {name + suffix: data for suffix, data in to_tensors(weight).items()}
@@ -138,12 +147,15 @@ class GrinqhHfQuantizer(HfQuantizer):
         found = self.quantization_config
         levels = {level for one in attributes.values() for level in one.levels}
         self.quantization_config = GrinqhHfConfig(
-            found.bits if math.isnan(bits) else round(bits, 6),
+            found.bits if math.isnan(bits) else bits,
             sorted(levels),
             found.head_bits,
             found.modules_to_not_convert,
             weights=groups_of(attributes),
         )
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel) and hasattr(part.config, "quantization_config"):
+                del part.config.quantization_config
         model.config.quantization_config = self.quantization_config
         # Names are saved as the model has them: conversions are made for dense weights.
         model._weight_conversions = []
@@ -159,6 +171,13 @@ class GrinqhHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two parameters are one. Offloaded, they are two even where their data is one."""
+    if one is None or other is None:
+        return False
+    return one is other or (one.is_meta and other.is_meta)
 
 
 def attach(model: PreTrainedModel, config: GrinqhHfConfig | None = None) -> None:
@@ -177,14 +196,15 @@ def attach(model: PreTrainedModel, config: GrinqhHfConfig | None = None) -> None
             f"model={type(model).__name__}: {len(others)} weights are quantized otherwise, among "
             f"them {next(iter(others))}; they cannot be saved together"
         )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, GrinqhHfQuantizer):
+    if isinstance(getattr(model, "hf_quantizer", None), GrinqhHfQuantizer):
         return
     body = [weight for weight in weights if not weight.min_bits] or weights
     heads = [weight.min_bits for weight in weights if weight.min_bits]
     config = config or GrinqhHfConfig(body[0].bits, body[0].levels, heads[0] if heads else None)
-    # Also in place of another quantizer's, of a model that was loaded from GGUF and made dense.
-    model.hf_quantizer = GrinqhHfQuantizer(config, pre_quantized=False)
-    model.config.quantization_config = config
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(True for _ in quantized_modules(part)):
+            # Also in place of another quantizer, of a model that came from GGUF and was made dense.
+            # Configs, which models may share, are changed by saving only.
+            part.hf_quantizer = GrinqhHfQuantizer(config, pre_quantized=False)
+            part.is_quantized = True
+            part.quantization_method = QUANT_METHOD

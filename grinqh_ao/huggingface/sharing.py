@@ -14,6 +14,11 @@ from grinqh_ao.huggingface.quantizer import attach
 from grinqh_ao.model import summary
 
 _MODULE = "modeling_grinqh"
+# Options of from_pretrained that configs are found by, too.
+_OF_CONFIGS = (
+    "revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code",
+    "code_revision",
+)  # fmt: skip
 
 _CODE = '''"""For trust_remote_code=True: lets transformers load this, with grinqh_ao installed."""
 
@@ -78,11 +83,17 @@ def save(
         options: of ``save_pretrained``: ``max_shard_size``, for example.
 
     Raises:
-        ValueError: nothing in ``model`` is quantized by GRINQH, or something by another quantizer;
-            nothing was written.
+        ValueError: nothing in ``model`` is quantized by GRINQH, or something by another quantizer,
+            or it is to be pushed to the hub: ``push_to_hub`` uploads the weights alone, and
+            ``huggingface_hub.upload_folder`` the whole directory. Nothing was written.
     """
     from grinqh_ao import __version__
 
+    if options.get("push_to_hub"):
+        raise ValueError(
+            "push_to_hub=True: it would upload the weights without the rest; save first, then "
+            "huggingface_hub.upload_folder(repo_id=..., folder_path=directory)"
+        )
     attach(model)
     path = Path(directory)
     config: Any = model.config
@@ -94,7 +105,7 @@ def save(
     if known:
         config.auto_map = {
             "AutoConfig": f"{_MODULE}.{names['config']}",
-            "AutoModelForCausalLM": f"{_MODULE}.{architecture}",
+            auto_class_of(architecture): f"{_MODULE}.{architecture}",
         }
     try:
         model.save_pretrained(path, **options)
@@ -117,6 +128,15 @@ def save(
         card.write_text(text)
 
 
+def auto_class_of(architecture: str) -> str:
+    """The name of transformers' class that loads models of a class, by its name."""
+    _, separator, task = architecture.rpartition("For")
+    if not separator:
+        return "AutoModel"
+    auto = f"AutoModelFor{task}"
+    return auto if hasattr(transformers, auto) else "AutoModelForImageTextToText"
+
+
 def load(path: str | PathLike[str], **options: Any) -> Any:
     """A saved model, from a directory or a hub id, in evaluation mode.
 
@@ -126,7 +146,7 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
     Raises:
         ValueError: it is not a model quantized by GRINQH, or its files are not what they should be.
     """
-    hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+    hub = {key: options[key] for key in _OF_CONFIGS if key in options}
     config = AutoConfig.from_pretrained(path, **hub)
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else None

@@ -130,7 +130,7 @@ def decode_job(
         constants,
         capability,
         configurations.WARPS,
-        configurations.most_registers(form, rows, words, block, capability),
+        configurations.most_registers(form, rows, words, block, capability, experts),
         work,
     )
 
@@ -178,6 +178,7 @@ def jobs() -> list[Job]:
             decode_job("mma", 1, 32, capability, compact=True),
             decode_job("fma", 1, 32, capability, compact=True),
             decode_job("mma", 1, 32, capability, block=256, experts=True),
+            decode_job("mma", 1, 32, capability, experts=True),
             decode_job("fma", 1, 32, capability, block=256, experts=True),
             dequantize_job(4, 32, capability, compact=True),
             dequantize_job(2, 4, capability),

@@ -35,7 +35,9 @@ def depth(rows: int, block: int) -> int:
     return 2 if rows == 1 and block >= 512 else 1
 
 
-def most_registers(form: str, rows: int, words: int, block: int, capability: int) -> int | None:
+def most_registers(
+    form: str, rows: int, words: int, block: int, capability: int, experts: bool = False
+) -> int | None:
     """Per thread; None where the compiler's own choice is right.
 
     It aims at numbers of programs on a multiprocessor that may make it spill, or does with limits
@@ -47,6 +49,8 @@ def most_registers(form: str, rows: int, words: int, block: int, capability: int
         return 128 if words == 32 else 144
     if words == 16:
         return 168
+    if experts:  # pointers that are known only once the expert is
+        return 224 if depth(rows, block) == 2 else 192
     return 224 if depth(rows, block) == 2 and 86 <= capability <= 90 else None
 
 

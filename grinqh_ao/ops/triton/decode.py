@@ -182,6 +182,6 @@ def launch(
         SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SUMS_AT_ONCE // tile),
         INTERPRET=interpret,
         num_warps=WARPS,
-        maxnreg=most_registers(form, compiled_rows, words, block, capability),
+        maxnreg=most_registers(form, compiled_rows, words, block, capability, experts is not None),
     )
     return list(out)
