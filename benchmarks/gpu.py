@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_suite import checks, kernels, models
+from gpu_suite import checks, experts, kernels, models
 from grinqh_ao.running import describe_machine
 
 # Name, function, seconds that must be left for it to start.
@@ -28,10 +28,13 @@ SECTIONS: list[tuple[str, Callable[[], object], int]] = [
     ("bandwidth", kernels.bandwidth, 0),
     ("correctness", checks.correctness, 0),
     ("cuda_graphs", checks.cuda_graphs, 0),
+    ("experts_correctness", experts.correctness, 0),
+    ("experts_cuda_graphs", experts.cuda_graphs, 0),
     ("compiled_generation", checks.compiled_generation, 60),
     ("kernels", kernels.speed, 60),
     ("fused_projections", kernels.fused_projections, 30),
     ("rows", kernels.rows, 30),
+    ("experts", experts.speed, 30),
     ("llama_8b", models.llama, 90),
     ("qwen3_8b", models.qwen3, 90),
 ]

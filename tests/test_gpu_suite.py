@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu_suite import checks, kernels, timing
+from gpu_suite import checks, experts, kernels, timing
 from gpu_suite import models as whole_models
 
 
@@ -58,6 +58,12 @@ def test_rows_and_fused_projections(monkeypatch):
     monkeypatch.setattr(kernels, "ROWS_SHAPE", (64, 32))
     assert [row["rows"] for row in kernels.rows()] == list(range(1, 9))
     assert len(kernels.fused_projections(hidden=32, scale=64)) == 2
+
+
+def test_experts(monkeypatch):
+    monkeypatch.setattr(experts, "SHAPES", [(16, 64, 32)])
+    assert all(error < 0.01 for error in experts.correctness()["largest_errors"].values())
+    assert {"bf16", "grinqh 3"} <= set(experts.speed()[0])
 
 
 def test_models(monkeypatch):

@@ -49,8 +49,8 @@ def most_registers(
         return 128 if words == 32 else 144
     if words == 16:
         return 168
-    if experts:  # pointers that are known only once the expert is
-        return 224 if depth(rows, block) == 2 else 192
+    if experts and (depth(rows, block) == 1 or capability < 86):
+        return 128 if depth(rows, block) == 1 else 160
     return 224 if depth(rows, block) == 2 and 86 <= capability <= 90 else None
 
 

@@ -183,8 +183,6 @@ def decode_fma_kernel(
         thresholds += expert * (2 * (len(LEVELS) - 1))
         gains += expert * 4
         x += slot * k
-        partial += slot.to(tl.int64) * splits * ROWS * all_tiles * (16 * WORDS)
-        arrivals += slot * all_tiles
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
     ENTRY: tl.constexpr = 1 + ROWS
@@ -255,6 +253,9 @@ def decode_fma_kernel(
     field += 4 * tl.arange(0, 2)[None, None, :, None, None]
     field += 2 * tl.arange(0, 2)[None, None, None, :, None]
     field += tl.arange(0, 2)[None, None, None, None, :]
+    if experts is not None:
+        partial += tl.program_id(2).to(tl.int64) * splits * ROWS * all_tiles * TILE
+        arrivals += tl.program_id(2) * all_tiles
     sums = partial + ((split * ROWS).to(tl.int64) * all_tiles + tile) * TILE
     for r in tl.static_range(ROWS):
         total = sum_channels(acc, r, ROWS)

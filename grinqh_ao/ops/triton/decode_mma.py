@@ -185,8 +185,6 @@ def decode_mma_kernel(
         thresholds += expert * (2 * (len(LEVELS) - 1))
         gains += expert * 4
         x += slot * k
-        partial += slot.to(tl.int64) * splits * ROWS * all_tiles * (16 * WORDS)
-        arrivals += slot * all_tiles
     DEPTH: tl.constexpr = depth(ROWS, BLOCK)
     PAIRS: tl.constexpr = 8 * DEPTH * NUM_WARPS  # entries per step
     SINGLES: tl.constexpr = 16 * DEPTH * NUM_WARPS
@@ -298,6 +296,9 @@ def decode_mma_kernel(
     store_sums(warp_sums, acc, sums, WORDS, ROWS, BLOCKS)
     tl.debug_barrier()
     output = tl.arange(0, TILE)[None, :]
+    if experts is not None:
+        partial += tl.program_id(2).to(tl.int64) * splits * ROWS * all_tiles * TILE
+        arrivals += tl.program_id(2) * all_tiles
     partial_tile = partial + ((split * ROWS).to(tl.int64) * all_tiles + tile) * TILE
     for r in range(ROWS):
         total = tl.zeros((1, TILE), tl.float32)
