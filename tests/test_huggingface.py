@@ -219,12 +219,18 @@ def test_a_vision_language_model(tmp_path):
         assert torch.equal(base.get_parameter(name), parameter), name
 
 
-def test_parts_that_are_models_are_saved_alone(tmp_path):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_parts_that_are_models_are_saved_alone(loaded, tmp_path):
     model = quantized(tied=False)
+    if loaded:
+        model.save_pretrained(tmp_path / "whole")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     model.model.save_pretrained(tmp_path)
     base = transformers.AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(base(IDS)[0], model.model(IDS)[0])
+    model.save_pretrained(tmp_path / "again")
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
 
 
 def test_a_config_that_models_share_is_changed_by_saving_only():

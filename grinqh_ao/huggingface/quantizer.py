@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -103,9 +103,10 @@ class GrinqhHfQuantizer(HfQuantizer):
         return self.get_weight_conversions() if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        loaded = {n for n, p in model.named_parameters() if isinstance(p, GrinqhTensor)}
-        if missing := [name for name in self.stored if name not in loaded]:
-            raise ValueError(f"{missing[0]}: missing")  # in a state_dict; files are checked before
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in self.stored:
+            if type(parameters[name]) is nn.Parameter:
+                raise ValueError(f"{name}: missing")  # in a state_dict; files are checked before
         for _, module, _ in quantized_modules(model):
             show_in_repr(module)
         for parameter in model.parameters():
@@ -116,6 +117,8 @@ class GrinqhHfQuantizer(HfQuantizer):
             if parameter.data_ptr() % ALIGNMENT:
                 parameter.data = parameter.data.clone()
         give_back()
+        for part in quantized_models(model):
+            part.hf_quantizer = self
         self.planned = {}  # it holds modules and would be copied with the model
         return model
 
@@ -180,7 +183,14 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one.is_meta and other.is_meta)
 
 
-def attach(model: PreTrainedModel, config: GrinqhHfConfig | None = None) -> None:
+def quantized_models(model: nn.Module) -> Iterator[Any]:
+    """``model`` and the models within it, as the one without a head, if they are quantized."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(True for _ in quantized_modules(part)):
+            yield part
+
+
+def attach(model: PreTrainedModel) -> None:
     """Lets ``save_pretrained`` know that ``model`` is quantized, however that came about.
 
     ``quantize_`` calls it for whole models.
@@ -200,11 +210,9 @@ def attach(model: PreTrainedModel, config: GrinqhHfConfig | None = None) -> None
         return
     body = [weight for weight in weights if not weight.min_bits] or weights
     heads = [weight.min_bits for weight in weights if weight.min_bits]
-    config = config or GrinqhHfConfig(body[0].bits, body[0].levels, heads[0] if heads else None)
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and any(True for _ in quantized_modules(part)):
-            # Also in place of another quantizer, of a model that came from GGUF and was made dense.
-            # Configs, which models may share, are changed by saving only.
-            part.hf_quantizer = GrinqhHfQuantizer(config, pre_quantized=False)
-            part.is_quantized = True
-            part.quantization_method = QUANT_METHOD
+    config = GrinqhHfConfig(body[0].bits, body[0].levels, heads[0] if heads else None)
+    for part in quantized_models(model):
+        # Also in place of another quantizer, of a model that came from GGUF and was made dense.
+        # Configs, which models may share, are changed by saving only. Not is_quantized either,
+        # with which transformers would refuse half() and float().
+        part.hf_quantizer = GrinqhHfQuantizer(config, pre_quantized=False)
