@@ -88,6 +88,31 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     )
 
 
+# Through the storage, which a tensor subclass does not have, sharing would end the process.
+@GrinqhTensor.implements_torch_function(torch.Tensor.share_memory_)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    weight: GrinqhTensor = args[0]
+    for name in weight.data_names:
+        getattr(weight, name).share_memory_()
+    return weight
+
+
+@GrinqhTensor.implements_torch_function(torch.Tensor.is_shared)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> bool:
+    return all(getattr(args[0], name).is_shared() for name in args[0].data_names)
+
+
+@GrinqhTensor.implements(aten.is_pinned.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> bool:
+    return all(getattr(args[0], name).is_pinned() for name in args[0].data_names)
+
+
+@GrinqhTensor.implements(aten._pin_memory.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
+    pinned: GrinqhTensor = args[0].with_data(lambda data: data.pin_memory())
+    return pinned
+
+
 @GrinqhTensor.implements(aten._to_copy.default)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     # .to(device) moves everything; .to(dtype) changes what the tensor presents itself as.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from grinqh_ao.decode_rule import decode_every_row
 from grinqh_ao.metering import Measurement, measure
@@ -74,7 +75,7 @@ def reference(
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: expected [B, S]")
     if cache is None:
-        return Reference(input_ids, [_log_probs(model, row) for row in input_ids])
+        return Reference(input_ids, [_log_probs(model, row) for row in _progress(input_ids)])
     if any(True for _ in quantized_linears(model)):
         raise ValueError("cache: only the predictions of models in full precision are kept")
     from safetensors.torch import save_file
@@ -83,7 +84,8 @@ def reference(
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"reference-{_fingerprint(model, input_ids)}.safetensors"
     if not file.exists():
-        rows = {str(i): _log_probs(model, row).cpu() for i, row in enumerate(input_ids)}
+        sequences = enumerate(_progress(input_ids))
+        rows = {str(i): _log_probs(model, row).cpu() for i, row in sequences}
         unfinished = file.with_suffix(f".{os.getpid()}")
         save_file(rows, unfinished)
         unfinished.rename(file)
@@ -124,7 +126,7 @@ def evaluate(
             stack.enter_context(decode_every_row(prompt))
             if any(True for _ in quantized_linears(model)):
                 measurement = stack.enter_context(measure(model))
-        for row, expected in zip(ids, reference.log_probs, strict=True):
+        for row, expected in zip(_progress(ids), reference.log_probs, strict=True):
             found = _log_probs(model, row)[prompt:]
             expected = expected[prompt:].to(found.device)
             terms = expected.exp() * (expected - found)
@@ -143,6 +145,11 @@ def evaluate(
         positions=len(kl),
         read=measurement if measurement and measurement.layers else None,
     )
+
+
+def _progress(ids: Tensor) -> Iterable[Tensor]:
+    bar: Iterable[Tensor] = tqdm(ids, desc="evaluating", unit="sequence", disable=None, leave=False)
+    return bar
 
 
 def _log_probs(model: Any, row: Tensor) -> Tensor:

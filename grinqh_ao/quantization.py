@@ -21,6 +21,7 @@ from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
 from grinqh_ao.experts import ExpertLinears, expert_parameters, put_experts
+from grinqh_ao.memory import give_back
 from grinqh_ao.model import Summary, by_type, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
 from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
@@ -81,6 +82,7 @@ def _quantize(call: QuantizeCall) -> None:
                     "the others unchanged: call quantize_ again to go on"
                 )
                 raise
+    give_back()
     _calibrate(call.model, todo)
     if todo:
         after = summary(call.model)

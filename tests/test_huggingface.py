@@ -80,6 +80,7 @@ def test_saved_and_loaded_is_the_same(family, tied, options, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_alike(model, loaded)
     assert "grinqh: levels" in repr(loaded)
+    assert not any(weight.requires_grad for _, _, weight in quantized_linears(loaded))
     for one in (model, loaded):
         set_bits(one, 2.0)
     assert_alike(model, loaded)

@@ -301,3 +301,24 @@ def test_operands_it_cannot_be(weight):
 def test_prints_what_it_is(weight):
     assert "levels=(0, 2, 4, 6, 8)" in repr(weight)
     assert "shape=(96, 40)" in repr(nn.Parameter(weight, requires_grad=False))
+
+
+def test_memory_can_be_shared_between_processes():
+    weight = GrinqhTensor.from_hp(torch.randn(64, 64))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert not model[0].weight.is_shared()
+    assert not model[0].weight.is_pinned()
+    model.share_memory()
+    assert model[0].weight.is_shared()
+    assert model[0].weight.slices.is_shared()
+
+
+def test_equal():
+    weight = GrinqhTensor.from_hp(torch.randn(64, 64))
+    assert torch.equal(weight, weight.clone())
+    assert not torch.equal(weight, GrinqhTensor.from_hp(torch.randn(64, 64)))
+    assert not torch.equal(weight, weight.dequantize())
+    other = weight.clone()
+    other.set_bits(2)
+    assert not torch.equal(weight, other)
