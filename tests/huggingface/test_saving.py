@@ -1,17 +1,12 @@
-"""transformers: quantizing while loading, saving, loading again."""
+"""Saving a quantized model and loading it again."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from torchao.quantization import FqnToConfig, quantize_
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM
 
 import grinqh_ao
 from grinqh_ao import (
@@ -20,54 +15,11 @@ from grinqh_ao import (
     GrinqhTensor,
     calibrate,
     set_bits,
-    summary,
-    token_batches,
 )
 from grinqh_ao.huggingface.quantizer import GrinqhHfQuantizer
 from grinqh_ao.model import quantized_linears
-from models import SMALL, layers_of, tiny_model, tiny_tokenizer
-
-MODELS = [
-    ("llama", True),
-    ("qwen3", False),
-    ("gemma3", True),
-    ("qwen3_moe", False),
-    ("mixtral", True),
-]
-IDS = torch.arange(12)[None] * 7
-
-
-@torch.no_grad()
-def logits(model):
-    """Of a prompt, and of a token that is decoded."""
-    return torch.cat([model(IDS).logits, model(IDS[:, :1]).logits], dim=1)
-
-
-def quantized(family="llama", tied=True, bits=3.0, **options):
-    model = tiny_model(family, tied=tied)
-    quantize_(model, GrinqhConfig(bits=bits, **options))
-    return model
-
-
-def assert_alike(one, other):
-    """The same to the last bit, and everything that set_bits needs."""
-    assert torch.equal(logits(one), logits(other))
-    assert summary(one).tied == summary(other).tied
-    layers = [{n: w for n, _, w in quantized_linears(model)} for model in (one, other)]
-    assert layers[0].keys() == layers[1].keys()
-    for name, weight in layers[0].items():
-        same = layers[1][name]
-        assert (same.levels, same.min_bits, same.dtype) == (
-            weight.levels,
-            weight.min_bits,
-            weight.dtype,
-        )
-        assert same.data_names == weight.data_names
-        for data in weight.data_names:
-            assert torch.equal(getattr(same, data), getattr(weight, data)), f"{name}: {data}"
-
-
-# ---- saving and loading
+from models import SMALL, tiny_model, tiny_tokenizer
+from saved import IDS, MODELS, assert_alike, logits, quantized
 
 
 @pytest.mark.parametrize(("family", "tied"), MODELS)
@@ -321,113 +273,6 @@ def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
     assert "config.json" in uploaded
 
 
-# ---- while loading
-
-
-@pytest.mark.parametrize(("family", "tied"), [*MODELS, ("llama", False)])
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}], ids=["one file", "shards"])
-def test_quantized_while_loading_is_the_same(family, tied, options, tmp_path):
-    model = tiny_model(family, tied=tied)
-    model.save_pretrained(tmp_path, **options)
-    quantize_(model, GrinqhConfig(bits=3))
-    config = GrinqhHfConfig(bits=3)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    assert_alike(model, loaded)
-    loaded.save_pretrained(tmp_path / "again")
-    assert_alike(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
-
-
-def test_what_a_config_asks_for(tmp_path):
-    tiny_model("llama", tied=False).save_pretrained(tmp_path)
-    config = GrinqhHfConfig(
-        bits=3.5, levels=[2, 4, 6], head_bits=None, modules_to_not_convert=["down_proj"]
-    )
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    assert {name.rpartition(".")[2] for name in layers_of(loaded)} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-    }  # fmt: skip
-    weight = loaded.model.layers[0].mlp.up_proj.weight
-    assert weight.levels == (2, 4, 6)
-    assert weight.bits == pytest.approx(3.5, abs=1e-3)
-
-
-def test_dtype_while_loading(tmp_path):
-    tiny_model("llama", tied=True).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=GrinqhHfConfig(), dtype=torch.bfloat16
-    )
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-def test_not_finite_weights_are_refused_while_loading(tmp_path, caplog):
-    model = tiny_model("llama", tied=True)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
-    model.save_pretrained(tmp_path)
-    transformers.utils.logging.enable_propagation()
-    with pytest.raises(RuntimeError):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GrinqhHfConfig())
-    transformers.utils.logging.disable_propagation()
-    assert "model.layers.1.mlp.up_proj: its weight has NaN" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"bits": 9}, "bits=9"),
-        ({"levels": [0, 3]}, "levels"),
-        ({"head_bits": 0}, "head_bits=0"),
-        ({"group_size": 64}, "group_size"),
-    ],
-)
-def test_bad_settings(options, message):
-    with pytest.raises(ValueError, match=message):
-        GrinqhHfConfig(**options)
-
-
-def test_calibrating_a_loaded_model(tmp_path):
-    words = " ".join(f"w{i % 300}" for i in range(400))
-    tokenizer = tiny_tokenizer(words)
-    tiny_model("llama", tied=True).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GrinqhHfConfig())
-    calibrate(model, token_batches(words, tokenizer, 256), bits=2.5)
-    assert model.lm_head.weight.curve is not None
-
-
-# ---- TorchAO's own config
-
-
-def test_torchao_config(tmp_path):
-    tiny_model("llama", tied=False).save_pretrained(tmp_path)
-    config = TorchAoConfig(GrinqhConfig(bits=3))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    assert len(layers_of(model)) == 14
-    assert "lm_head" not in layers_of(model)  # TorchAoConfig leaves it out
-    grinqh_ao.save(model, tmp_path / "saved")
-    assert_alike(model, grinqh_ao.load(tmp_path / "saved"))
-
-
-def test_torchao_config_by_name(tmp_path):
-    tiny_model("llama", tied=False).save_pretrained(tmp_path)
-    by_name = {
-        "re:.*q_proj": GrinqhConfig(bits=2),
-        "re:.*k_proj": None,
-        "model.embed_tokens": None,
-        "lm_head": GrinqhConfig(bits=6),
-        "_default": GrinqhConfig(bits=3),
-    }
-    config = TorchAoConfig(FqnToConfig(by_name), include_input_output_embeddings=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    bits = {name: weight.bits for name, _, weight in quantized_linears(model)}
-    assert bits["model.layers.0.self_attn.q_proj"] == pytest.approx(2, abs=1e-3)
-    assert bits["model.layers.0.mlp.up_proj"] == pytest.approx(3, abs=1e-3)
-    assert bits["lm_head"] == pytest.approx(6, abs=1e-3)
-    assert not any("k_proj" in name for name in bits)
-
-
-# ---- save and load
-
-
 def test_save_writes_a_card_and_load_reads(tmp_path):
     model = quantized()
     tokenizer = tiny_tokenizer(" ".join(f"w{i}" for i in range(300)))
@@ -482,97 +327,3 @@ def test_a_quantized_model_copies_and_generates(tmp_path):
     assert_alike(loaded, copy.deepcopy(loaded))
     assert_alike(loaded, pickle.loads(pickle.dumps(loaded)))
     assert isinstance(loaded.lm_head.weight, GrinqhTensor)
-
-
-# ---- in another process
-
-
-def python(code, *arguments):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("saved")
-    model = quantized()
-    grinqh_ao.save(model, directory / "model")
-    torch.save((IDS, logits(model)), directory / "logits.pt")
-    return directory
-
-
-CHECK = """
-import sys, torch
-model_path, logits_path = sys.argv[1:]
-ids, expected = torch.load(logits_path)
-{load}
-with torch.no_grad():
-    found = torch.cat([model(ids).logits, model(ids[:, :1]).logits], dim=1)
-assert torch.equal(found, expected)
-import grinqh_ao
-grinqh_ao.set_bits(model, 2)
-print("identical")
-"""
-
-
-@pytest.mark.parametrize(
-    "load",
-    [
-        "import grinqh_ao; model = grinqh_ao.load(model_path)",
-        "import grinqh_ao; from transformers import AutoModelForCausalLM; "
-        "model = AutoModelForCausalLM.from_pretrained(model_path)",
-        "from transformers import AutoModelForCausalLM; "
-        "model = AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=True)",
-    ],
-    ids=["load", "from_pretrained", "trust_remote_code"],
-)
-def test_identical_in_a_fresh_process(saved, load, tmp_path):
-    done = python(CHECK.format(load=load), saved / "model", saved / "logits.pt")
-    assert done.stdout.strip().endswith("identical"), done.stderr
-
-
-def test_without_the_import_loading_fails(saved, tmp_path):
-    """Also of what plain save_pretrained has written."""
-    plain = tmp_path / "plain"
-    shutil.copytree(saved / "model", plain)
-    (plain / "modeling_grinqh.py").unlink()
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM; "
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('loaded')"
-    )
-    for directory in (saved / "model", plain):
-        done = python(code, directory)
-        assert done.returncode != 0
-        assert "loaded" not in done.stdout
-        assert "grinqh" in done.stderr  # "unknown quantization type"
-
-
-def test_a_pickled_mixture_runs_in_a_fresh_process(tmp_path):
-    model = quantized("mixtral", tied=False)
-    torch.save(model, tmp_path / "model.pt")
-    torch.save((IDS, logits(model)), tmp_path / "logits.pt")
-    load = "import grinqh_ao; model = torch.load(model_path, weights_only=False)"
-    done = python(CHECK.format(load=load), tmp_path / "model.pt", tmp_path / "logits.pt")
-    assert done.stdout.strip().endswith("identical"), done.stderr
-
-
-def test_without_transformers_the_package_still_works():
-    code = """
-import sys
-sys.modules["transformers"] = None
-import torch, grinqh_ao
-from torchao.quantization import quantize_
-model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
-assert type(model[0].weight).__name__ == "GrinqhTensor"
-try:
-    grinqh_ao.load("x")
-except AttributeError as error:
-    print(error)
-from grinqh_ao import *
-"""
-    done = python(code)
-    assert "needs transformers" in done.stdout, done.stderr
