@@ -186,7 +186,9 @@ def test_info_of_experts_and_of_damaged_files(tmp_path, capsys):
     assert "not a complete safetensors file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [[], ["--bits", "2"], ["--temperature", "0.8", "--raw"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--bits", "2"], ["--temperature", "0.8", "--raw"], ["--compile"]]
+)
 def test_generate(saved, capsys, options):
     assert grinqh("generate", saved, "-p", "w1 w2 w3", "--max-new-tokens", "6", *options) == 0
     output = capsys.readouterr()

@@ -47,9 +47,9 @@ def generate(
     if temperature > 0:
         options["temperature"] = temperature
     if compile:
-        options |= {"cache_implementation": "static", "compile_config": CompileConfig()}
-        found.generation_config.compile_config = None
-        found.forward = torch.compile(found.forward, dynamic=True)
+        config = CompileConfig() if found.device.type == "cuda" else CompileConfig(mode="default")
+        config._compile_all_devices = True  # else generate() compiles on GPUs only
+        options |= {"cache_implementation": "static", "compile_config": config}
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = found.generate(
         **inputs,
