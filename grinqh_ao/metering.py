@@ -31,6 +31,7 @@ class Reading:
         padding_bits: bits of codes read per token for outputs that only pad a tile.
         shares: level -> share of the weights read at that level.
         stored_bytes: everything stored.
+        stored_weights: number of weights stored: of experts all, of tied layers one layer's.
     """
 
     weights: int
@@ -39,6 +40,7 @@ class Reading:
     padding_bits: float
     shares: dict[int, float]
     stored_bytes: int
+    stored_weights: int
 
     @property
     def bits(self) -> float:
@@ -62,8 +64,8 @@ class Reading:
 
     @property
     def stored_bits(self) -> float:
-        """Bits stored per weight, everything included; of experts, per weight that is read."""
-        return 8 * self.stored_bytes / self.weights
+        """Bits stored per weight, everything included."""
+        return 8 * self.stored_bytes / self.stored_weights
 
 
 @dataclass
@@ -76,6 +78,7 @@ class _Counter:
     padded_outputs: int
     bytes_per_call: int
     stored_bytes: int
+    stored_weights: int
     storage: int
     is_head: bool
     tokens: int = 0
@@ -93,6 +96,7 @@ class _Counter:
             padded_outputs=one.slices.shape[0] * one.tile,
             bytes_per_call=sum(tensor.nbytes for tensor in read_once if tensor is not None),
             stored_bytes=weight.stored_bytes,
+            stored_weights=weight.numel(),
             storage=weight.slices.data_ptr(),
             is_head=weight.min_bits > 0,
         )
@@ -119,6 +123,7 @@ class _Counter:
             padding_bits=bits * (self.padded_outputs - n),
             shares={level: count / (k * routed) for level, count in channels.items()},
             stored_bytes=self.stored_bytes,
+            stored_weights=self.stored_weights,
         )
 
 
@@ -167,7 +172,7 @@ class Measurement:
             return None
         weights = sum(r.weights for r in readings)
         counters = [self._counters[name] for name in names if name in layers]
-        stored = {c.storage: c.stored_bytes for c in counters}  # tied weights are stored once
+        stored = {c.storage: c for c in counters}.values()  # tied weights are stored once
         levels = sorted({level for r in readings for level in r.shares})
         return Reading(
             weights=weights,
@@ -178,7 +183,8 @@ class Measurement:
                 level: sum(r.weights * r.shares.get(level, 0.0) for r in readings) / weights
                 for level in levels
             },
-            stored_bytes=sum(stored.values()),
+            stored_bytes=sum(c.stored_bytes for c in stored),
+            stored_weights=sum(c.stored_weights for c in stored),
         )
 
     def __str__(self) -> str:

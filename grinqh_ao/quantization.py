@@ -98,15 +98,13 @@ def _quantize(call: QuantizeCall) -> None:
 
 def _tell_transformers(model: nn.Module, after: Summary) -> None:
     """So that ``save_pretrained`` works."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    huggingface: Any = sys.modules.get("grinqh_ao.huggingface")  # absent without transformers
+    if huggingface is None or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
         return
     if after.otherwise:
         logger.warning("save_pretrained will not work: some weights are quantized otherwise")
         return
-    from grinqh_ao.huggingface import attach
-
-    attach(model)
+    huggingface.attach(model)
 
 
 def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:

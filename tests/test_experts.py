@@ -158,6 +158,8 @@ def test_only_routed_experts_are_read(family):
     assert sum(layer.shares.values()) == pytest.approx(1)
     assert 0 < layer.bits < 8
     assert layer.bytes_per_token < layer.stored_bytes
+    assert layer.stored_weights == stack.numel()
+    assert 8 < layer.stored_bits < 12
 
 
 def test_set_bits_reaches_every_expert(family):
