@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -58,12 +57,11 @@ def bench(
         if original is not None:
             times.setdefault("full precision", []).append(milliseconds(original))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    slowest = medians["full precision"] if original is not None else next(iter(medians.values()))
-    rows = [[name, ms, 1e3 / ms, slowest / ms] for name, ms in medians.items()]
     base = "full precision" if original is not None else next(iter(medians))
+    rows = [[name, ms, 1e3 / ms, medians[base] / ms] for name, ms in medians.items()]
     headers = ["weights", "ms/token", "tokens/s", f"times {base}"]
     print(tabulate(rows, headers, "github", floatfmt=".2f"))
     say(describe_machine())
     if json_file is not None:
         report = {"model": model, "machine": describe_machine(), "milliseconds": times}
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+        json_file.write_text(json.dumps(report, indent=1) + "\n")

@@ -107,7 +107,8 @@ def evaluate(
     if not quantized:
         say(f"{model} is not quantized; quantizing it in memory")
         quantize_(found, GrinqhConfig(bits=wanted[0]))
-    add("prompts", measure_quality(found, full, decode_rule=False))
+    prompts = measure_quality(found, full, decode_rule=False)
+    add("prompts", prompts)
     for one in wanted:
         set_bits(found, one)
         add("decoding", measure_quality(found, full), one)
@@ -115,7 +116,7 @@ def evaluate(
     cells = [[getattr(row, name) for name in COLUMNS] for row in rows]
     headers = [header for header, _ in COLUMNS.values()]
     print(tabulate(cells, headers, "github", floatfmt=[form for _, form in COLUMNS.values()]))
-    positions = ids.numel() - 16 * len(ids)
+    positions = prompts.positions
     say(f"\nKL and agreement against {versus}; {positions} tokens\n{describe_machine()}")
     if json_file is not None:
         report = {

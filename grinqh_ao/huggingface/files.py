@@ -23,7 +23,10 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -39,14 +42,15 @@ class _InFile:
         return tuple(self._slice.get_shape())
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> torch.dtype:
         name = self._slice.get_dtype()
-        return _DTYPES.get(name, name)
+        if name not in _DTYPES:
+            raise ValueError(f"{self.file}: has dtype {name}, expected one of {list(_DTYPES)}")
+        return _DTYPES[name]
 
     @property
     def nbytes(self) -> int:
-        bits = {"F64": 64, "I64": 64, "F16": 16, "BF16": 16, "U8": 8, "I8": 8, "BOOL": 8}
-        return bits.get(self._slice.get_dtype(), 32) // 8 * math.prod(self.shape)
+        return int(self.dtype.itemsize) * math.prod(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
         tensor: Tensor = self._slice[index]

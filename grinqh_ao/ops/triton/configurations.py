@@ -49,9 +49,12 @@ def most_registers(
         return 128 if words == 32 else 144
     if words == 16:
         return 168
-    if experts and (depth(rows, block) == 1 or capability < 86):
-        return 128 if depth(rows, block) == 1 else 160
-    return 224 if depth(rows, block) == 2 and 86 <= capability <= 90 else None
+    deep = depth(rows, block) == 2
+    if experts and not deep:
+        return 128
+    if experts and capability < 86:
+        return 160
+    return 224 if deep and 86 <= capability <= 90 else None
 
 
 def chunk_length(
