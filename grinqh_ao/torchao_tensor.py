@@ -315,8 +315,20 @@ class GrinqhTensor(TorchAOBaseTensor):
         )
 
     def _dense_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        wants_grad = _wants_grad(x) or _wants_grad(bias)
+        if x.device.type == "cpu" and not wants_grad:  # in blocks; on GPUs compilers fuse more
+            return ops.dense_linear(
+                x,
+                self.slices,
+                self.scales,
+                self.row_scale,
+                self.gains,
+                bias,
+                self.low,
+                self.levels[-1],
+            )
         dense = self.dequantize(x.dtype)
-        if not _wants_grad(x) or torch.compiler.is_compiling():
+        if not wants_grad or torch.compiler.is_compiling():
             return F.linear(x, dense, bias)
         # A backward pass dequantizes again, so that between the passes there is no dense weight.
         place = dense.data_ptr()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from grinqh_ao.ops import oracle
+from grinqh_ao.ops.cpu import decode as decode_on_cpu
+from grinqh_ao.ops.cpu import dequantize as dequantize_on_cpu
 
 _library = torch.library.Library("grinqh", "DEF")
 
@@ -36,6 +38,10 @@ _library.define(
     tags=(torch.Tag.cudagraph_unsafe,),  # it waits for the device, to know which experts it needs
 )
 _library.define(
+    "dense_linear(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, "
+    "Tensor? bias, Tensor? low, int level) -> Tensor"
+)
+_library.define(
     "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, Tensor? low, "
     "int level, ScalarType dtype) -> Tensor"
 )
@@ -45,7 +51,14 @@ _library.impl("decode_linear", oracle.decode_linear, "CompositeExplicitAutograd"
 _library.impl("decode_linears", oracle.decode_linears, "CompositeExplicitAutograd")
 _library.impl("decode_experts", oracle.decode_experts, "CompositeExplicitAutograd")
 _library.impl("dense_experts", oracle.dense_experts, "CompositeExplicitAutograd")
+_library.impl("dense_linear", oracle.dense_linear, "CompositeExplicitAutograd")
 _library.impl("dequantize", oracle.dequantize, "CompositeExplicitAutograd")
+
+_library.impl("decode_linear", decode_on_cpu.decode_linear, "CPU")
+_library.impl("decode_linears", decode_on_cpu.decode_linears, "CPU")
+_library.impl("decode_experts", decode_on_cpu.decode_experts, "CPU")
+_library.impl("dense_linear", dequantize_on_cpu.dense_linear, "CPU")
+_library.impl("dequantize", dequantize_on_cpu.dequantize, "CPU")
 
 
 @functools.cache
@@ -197,6 +210,17 @@ def _(
     return x.new_empty(x.shape[0], row_scale.shape[1])
 
 
+@torch.library.register_fake("grinqh::dense_linear")
+def _(
+    x: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    *rest: object,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
 @torch.library.register_fake("grinqh::dequantize")
 def _(
     slices: Tensor,
@@ -214,4 +238,5 @@ decode_linear: Callable[..., Tensor] = torch.ops.grinqh.decode_linear.default
 decode_linears: Callable[..., list[Tensor]] = torch.ops.grinqh.decode_linears.default
 decode_experts: Callable[..., Tensor] = torch.ops.grinqh.decode_experts.default
 dense_experts: Callable[..., Tensor] = torch.ops.grinqh.dense_experts.default
+dense_linear: Callable[..., Tensor] = torch.ops.grinqh.dense_linear.default
 dequantize: Callable[..., Tensor] = torch.ops.grinqh.dequantize.default

@@ -170,6 +170,25 @@ def dense_experts(
     return y
 
 
+def dense_linear(
+    x: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    gains: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    level: int,
+) -> Tensor:
+    """Any number of rows times the whole weight at one level; arguments as above.
+
+    Returns:
+        [..., N] in the dtype of ``x``, which is also what the weight is rounded to.
+    """
+    dense = torch.ops.grinqh.dequantize(slices, scales, row_scale, gains, low, level, x.dtype)
+    return torch.nn.functional.linear(x, dense, bias)
+
+
 def dequantize(
     slices: Tensor,
     scales: Tensor,

@@ -1,0 +1,37 @@
+"""What the C++ functions are handed: a row of 64-bit integers, see ``source/weight.h``."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MOST_LEVELS = 5
+CALL_FIELDS = 8 + MOST_LEVELS
+WEIGHT_FIELDS = 13
+
+
+@functools.cache
+def _format(weights: int) -> struct.Struct:
+    return struct.Struct(f"={CALL_FIELDS + weights * WEIGHT_FIELDS}q")
+
+
+def pack(fields: Sequence[int], weights: int) -> bytes:
+    """Those of a call and of its weights, one after the other."""
+    return _format(weights).pack(*fields)
+
+
+def call_fields(
+    weights: int, rows: int, k: int, dtype: torch.dtype, levels: Sequence[int], level: int = 0
+) -> tuple[int, ...]:
+    return (
+        weights, rows, k, dtype == torch.bfloat16, torch.get_num_threads(), levels[-1], level,
+        len(levels), *levels, *(0,) * (MOST_LEVELS - len(levels)),
+    )  # fmt: skip
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

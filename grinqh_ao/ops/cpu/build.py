@@ -1,0 +1,140 @@
+"""Compiles the CPU kernels when they are first needed, and keeps what was compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).parent / "source"
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+    "-fno-trapping-math", "-fvisibility=hidden",
+)  # fmt: skip
+NATIVE = ("-march=native",)
+# Compiled side by side: a file with what is defined for it.
+UNITS = (
+    ("decode.cpp",),
+    ("dequantize.cpp",),
+    *(("tile.cpp", f"-DLINE_WORDS={w}") for w in (4, 8, 16, 32)),
+)
+
+
+class CannotBuild(Exception):
+    """There is no compiler, or it failed."""
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """The kernels, compiled if need be; None where that cannot be done, which is said once."""
+    try:
+        return load(cached_library())
+    except (CannotBuild, OSError) as error:
+        warnings.warn(
+            "grinqh_ao decodes with plain PyTorch on this CPU, which is slow, for its kernels "
+            f"could not be compiled: {error}",
+            stacklevel=2,
+        )
+        return None
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """A compiled library, with its functions' arguments declared."""
+    loaded = ctypes.CDLL(str(library))
+    for name in ("grinqh_decode", "grinqh_dequantize"):
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [ctypes.c_char_p], None
+    return loaded
+
+
+def cached_library() -> Path:
+    """Where the library for this processor lies; it is compiled if it is not there.
+
+    Raises:
+        CannotBuild: there is no compiler, or it failed.
+        OSError: nothing can be written.
+    """
+    directory = cache_directory()
+    library = directory / f"kernels-{_key()}.so"
+    if not library.exists():
+        started = time.perf_counter()
+        _log.info("grinqh_ao: compiling kernels for this CPU, which is kept in %s", directory)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as temporary:
+            compile_library(Path(temporary) / library.name)
+            os.replace(Path(temporary) / library.name, library)  # processes may do this at once
+        _log.info("grinqh_ao: compiled in %.1f s", time.perf_counter() - started)
+    return library
+
+
+def cache_directory() -> Path:
+    """``$XDG_CACHE_HOME/grinqh_ao``, by default ``~/.cache/grinqh_ao``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grinqh_ao"
+
+
+def compile_library(into: Path, machine: Sequence[str] = NATIVE) -> None:
+    """Compiles the kernels, in a few seconds.
+
+    Args:
+        into: the library to write; objects are written beside it.
+        machine: the compiler's options that choose the instructions.
+
+    Raises:
+        CannotBuild: with the compiler's own words.
+    """
+    compiler = find_compiler()
+    objects = [into.with_suffix(f".{i}.o") for i in range(len(UNITS))]
+
+    def compile_unit(i: int) -> None:
+        file, *defined = UNITS[i]
+        _run(compiler, *FLAGS, *machine, *defined, "-c", str(SOURCE / file), "-o", str(objects[i]))
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(compile_unit, range(len(UNITS))))
+    # PyTorch's own OpenMP, which is loaded already, serves: both share their threads.
+    _run(compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(into))
+
+
+def find_compiler() -> str:
+    """The C++ compiler: $CXX, else g++ or clang++, as for ``torch.compile``.
+
+    Raises:
+        CannotBuild: there is none.
+    """
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise CannotBuild("no C++ compiler: neither $CXX nor g++ nor clang++")
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotBuild(f"{' '.join(command)}:\n{done.stderr.strip()[:2000]}")
+
+
+def _key() -> str:
+    """What a compiled library depends on: sources, options and the processor's instructions."""
+    digest = hashlib.sha256(repr((FLAGS, NATIVE, UNITS, platform.machine())).encode())
+    for file in sorted(SOURCE.iterdir()):
+        digest.update(file.read_bytes())
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^(flags|Features)\s*:.*$", cpuinfo.read_text(), re.MULTILINE)
+        digest.update(found[0].encode() if found else b"")
+    return digest.hexdigest()[:16]

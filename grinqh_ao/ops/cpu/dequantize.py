@@ -1,0 +1,103 @@
+"""``grinqh::dequantize`` and ``dense_linear`` on CPUs, a block of outputs at a time.
+
+Arguments as in :mod:`grinqh_ao.ops.oracle`, which takes what the kernel does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from grinqh_ao.ops import oracle
+from grinqh_ao.ops.cpu.binding import address, call_fields, pack
+from grinqh_ao.ops.cpu.build import kernels
+from grinqh_ao.slices import FIELDS_PER_WORD
+
+BLOCK_WEIGHTS = 1 << 21
+
+
+def dequantize(
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    gains: Tensor,
+    low: Tensor | None,
+    level: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = (slices, scales, row_scale, gains, low)
+    if not supports(slices, level, dtype):
+        return oracle.dequantize(*weight, level, dtype)
+    dense = torch.empty(row_scale.shape[0], scales.shape[1], dtype=dtype)
+    for rows, transposed in _blocks(*weight, level, dtype):
+        dense[rows] = transposed.t()
+    return dense
+
+
+def dense_linear(
+    x: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    gains: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    level: int,
+) -> Tensor:
+    weight = (slices, scales, row_scale, gains)
+    if not supports(slices, level, x.dtype):
+        return oracle.dense_linear(x, *weight, bias, low, level)
+    y = x.new_empty(*x.shape[:-1], row_scale.shape[0])
+    flat, into = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for rows, transposed in _blocks(*weight, low, level, x.dtype):
+        if bias is None:
+            into[:, rows] = flat @ transposed
+        else:
+            into[:, rows] = torch.addmm(bias[rows].to(x.dtype), flat, transposed)
+    return y
+
+
+def supports(slices: Tensor, level: int, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for these arguments, and it could be compiled."""
+    supported = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return supported and level > 0 and slices.numel() > 0 and kernels() is not None
+
+
+def _blocks(
+    slices: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    gains: Tensor,
+    low: Tensor | None,
+    level: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of outputs, and their weights [K, outputs]; the next run overwrites them."""
+    loaded = kernels()
+    assert loaded is not None
+    slices, scales, row_scale, gains = (t.contiguous() for t in (slices, scales, row_scale, gains))
+    low = None if low is None else low.contiguous()
+    tiles, k = scales.shape[:2]
+    lines, words = slices.shape[1:]
+    tile, n = words * FIELDS_PER_WORD, row_scale.shape[0]
+    stored = 2 * lines // k if low is None else 8  # bits
+    written = torch.float32 if dtype == torch.float16 else dtype
+    run = max(1, BLOCK_WEIGHTS // (k * tile))
+    buffer = torch.empty(k * min(run, tiles) * tile, dtype=written)
+    for first in range(0, tiles, run):
+        some = slice(first, min(first + run, tiles))
+        rows = slice(first * tile, min(some.stop * tile, n))
+        width = (some.stop - first) * tile
+        call = call_fields(1, 0, k, written, (stored,), level)
+        weight = (
+            0, slices[some].data_ptr(), scales[some].data_ptr(), row_scale[rows].data_ptr(), 0, 0,
+            gains.data_ptr(), 0, address(low), buffer.data_ptr(), rows.stop - rows.start, lines,
+            words,
+        )  # fmt: skip
+        loaded.grinqh_dequantize(pack((*call, *weight), 1))
+        dense = buffer[: k * width].view(k, width)[:, : rows.stop - rows.start]
+        if dtype == torch.float16:  # rounding up must not turn its largest into infinity
+            dense = dense.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).half()
+        yield rows, dense

@@ -1,0 +1,89 @@
+// grinqh::decode_linear on CPUs; what it means is written down in ops/oracle.py.
+//
+// Work is cut into units: a tile of outputs times a part of the lists. How, depends on shapes and
+// lists alone, and a tile's parts are summed up in order: so results are the same for any number
+// of threads.
+#include <omp.h>
+
+#include "tile.h"
+
+namespace grinqh {
+
+constexpr int64_t LEAST_UNITS = 32;     // where there are fewer tiles, they are split
+constexpr int64_t LEAST_ENTRIES = 128;  // of a list, in a part
+constexpr int64_t WORTH_A_THREAD = 1 << 16;  // weights
+
+// sums [rows, tile] -> outputs of a tile
+void write_tile(const Call& call, const Weight& weight, const Lists& lists, int64_t t,
+                const float* sums) {
+  const int64_t tile = weight.tile(), first = t * tile, here = std::min(tile, weight.n - first);
+  for (int64_t row = 0; row < call.rows; ++row) {
+    const float unit = lists.unit[row];
+    for (int64_t i = 0; i < here; ++i) {
+      const int64_t n = first + i, at = row * weight.n + n;
+      float y = sums[row * tile + i] * from_bfloat16(weight.row_scale[n]) * unit;
+      if (call.bfloat16) {
+        if (weight.bias) y += from_bfloat16(((const uint16_t*)weight.bias)[n]);
+        ((uint16_t*)weight.out)[at] = to_bfloat16(y);
+      } else {
+        if (weight.bias) y += ((const float*)weight.bias)[n];
+        ((float*)weight.out)[at] = y;
+      }
+    }
+  }
+}
+
+}  // namespace grinqh
+
+extern "C" __attribute__((visibility("default"))) void grinqh_decode(const grinqh::Call* packed) {
+  using namespace grinqh;
+  const Call& call = *packed;
+  const Weight* const weights = (const Weight*)(packed + 1);
+  thread_local std::vector<Lists> lists;
+  thread_local std::vector<float> partial;
+  thread_local std::vector<int64_t> starts;
+  int64_t tiles = 0, work = 0;
+  for (int64_t w = 0; w < call.weights; ++w) {
+    tiles += weights[w].tiles();
+    work += weights[w].n * call.k;
+  }
+  int64_t parts = std::max<int64_t>(1, LEAST_UNITS / tiles);
+  parts = std::max<int64_t>(1, std::min(parts, call.k / LEAST_ENTRIES));
+  const int64_t rows = call.padded_rows();
+  starts.assign(1, 0);  // of a weight's sums among all
+  for (int64_t w = 0; w < call.weights; ++w)
+    starts.push_back(starts.back() + weights[w].tiles() * weights[w].tile() * rows * parts);
+  lists.resize(std::max<size_t>(lists.size(), call.weights));
+  partial.resize(std::max<size_t>(partial.size(), starts.back()));
+
+  // Threads have thread_local variables of their own.
+  Lists* const all_lists = lists.data();
+  float* const all_sums = partial.data();
+  const int64_t* const all_starts = starts.data();
+  const int threads = (int)std::max<int64_t>(1, std::min(call.threads, work / WORTH_A_THREAD));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t w = 0; w < call.weights; ++w) build_lists(call, weights[w], all_lists[w]);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < tiles * parts; ++unit) {
+      int64_t w = 0, t = unit / parts;
+      while (t >= weights[w].tiles()) t -= weights[w++].tiles();
+      const Weight& weight = weights[w];
+      const int64_t size = rows * weight.tile();
+      float* sums = all_sums + all_starts[w] + (t * parts + unit % parts) * size;
+      add_tile(weight.words)(call, weight, all_lists[w], t, unit % parts, parts, sums);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      int64_t w = 0, t = tile;
+      while (t >= weights[w].tiles()) t -= weights[w++].tiles();
+      const Weight& weight = weights[w];
+      const int64_t size = rows * weight.tile();
+      float* sums = all_sums + all_starts[w] + t * parts * size;
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
+      write_tile(call, weight, all_lists[w], t, sums);
+    }
+  }
+}

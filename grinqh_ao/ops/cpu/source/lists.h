@@ -1,0 +1,153 @@
+// Which channels to read, and how far: what ops/triton/lists.py does for GPUs.
+//
+// There are two lists: pairs of slices that are read together (4 bits more of a channel) and
+// singles (2 bits more). Level 2 is a single, level 4 a pair, level 6 a pair and a single, level 8
+// two pairs. With q the code of an entry's slices, in `bits` bits, it contributes to an output
+//
+//     x * scale * factor * (q - (2**bits - 1) / 2)
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "vectors.h"
+#include "weight.h"
+
+namespace grinqh {
+
+constexpr int BLOCK = 64;  // entries that are multiplied together; the next block's are prefetched
+
+struct List {
+  std::vector<uint32_t> line;     // [capacity], of a tile: where the first of the slices is
+  std::vector<uint32_t> channel;  // [capacity], whose scales count
+  std::vector<float> factor;      // [capacity]
+  std::vector<float> values;      // [padded rows, capacity]: x * factor, in units of the row
+  int64_t size = 0, capacity = 0;
+
+  void clear(int64_t most, int64_t rows) {
+    size = 0;
+    capacity = most + 2 * BLOCK;  // what is read beyond the last entry, but does not count
+    line.assign(capacity, 0);
+    channel.resize(capacity);
+    factor.resize(capacity);
+    values.assign(rows * capacity, 0);
+  }
+
+  // Always writes and counts only if `there`: as good as random, a branch would be mispredicted.
+  void add(bool there, int64_t at, int64_t k, float weighs) {
+    line[size] = (uint32_t)at;
+    channel[size] = (uint32_t)k;
+    factor[size] = weighs;
+    size += there;
+  }
+};
+
+struct Lists {
+  List pairs, singles;
+  float unit[MOST_ROWS];  // of each row: a power of two, its largest finite |x| or little less
+  std::vector<float> x;   // [rows, k]
+  std::vector<float> sensitivity;
+  std::vector<int32_t> slices;
+};
+
+// Mean of |x| * sensitivity and the largest |x|, in one pass.
+inline void measure(const float* x, const float* sensitivity, int64_t k, float& mean, float& top) {
+  Floats sum = {}, largest = {};
+  int64_t i = 0;
+  for (; i + LANES <= k; i += LANES) {
+    const Floats value = load<Floats>(x + i);
+    const Floats magnitude = (Floats)((Words)value & 0x7FFFFFFFu);
+    sum += magnitude * load<Floats>(sensitivity + i);
+    const Ints larger = (magnitude > largest) & (magnitude <= FLT_MAX);
+    largest = (Floats)(((Ints)magnitude & larger) | ((Ints)largest & ~larger));
+  }
+  double total = 0;
+  top = 0;
+  for (int lane = 0; lane < LANES; ++lane) {
+    total += sum[lane];
+    top = std::max(top, largest[lane]);
+  }
+  for (; i < k; ++i) {
+    const float magnitude = std::fabs(x[i]);
+    total += magnitude * sensitivity[i];
+    if (magnitude <= FLT_MAX) top = std::max(top, magnitude);
+  }
+  mean = (float)(total / (double)k);
+}
+
+// grading.grade, in slices; where a row asks for more than those before it.
+inline void grade(const float* x, const float* sensitivity, const float* thresholds, float mean,
+                  const Call& call, int32_t* slices) {
+  const int steps = (int)call.num_levels - 1;
+  for (int j = 0; j < steps; ++j) {
+    float threshold = thresholds[j] + (thresholds[steps + j] > 0 ? thresholds[steps + j] * mean : 0);
+    threshold = threshold > FLT_MAX ? FLT_MAX : threshold;
+    const int32_t wanted = (int32_t)call.levels[j + 1] / 2;
+    for (int64_t i = 0; i < call.k; ++i) {
+      const bool above = !(std::fabs(x[i]) * sensitivity[i] <= threshold);  // true for NaN
+      const int32_t asked = above ? wanted : 0;
+      slices[i] = slices[i] < asked ? asked : slices[i];
+    }
+  }
+}
+
+inline void build_lists(const Call& call, const Weight& weight, Lists& lists) {
+  const int64_t k = call.k, rows = call.rows;
+  lists.x.resize(rows * k);
+  lists.sensitivity.resize(k);
+  lists.slices.assign(k, (int32_t)call.levels[0] / 2);
+  if (call.bfloat16) {
+    const auto* from = (const uint16_t*)weight.x;
+    for (int64_t i = 0; i < rows * k; ++i) lists.x[i] = from_bfloat16(from[i]);
+  } else {
+    std::memcpy(lists.x.data(), weight.x, 4 * rows * k);
+  }
+  for (int64_t i = 0; i < k; ++i) lists.sensitivity[i] = from_bfloat16(weight.sensitivity[i]);
+
+  // Rows share what is read: a channel's level is the highest that any of them asks for.
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* x = lists.x.data() + row * k;
+    float mean, top;
+    measure(x, lists.sensitivity.data(), k, mean, top);
+    grade(x, lists.sensitivity.data(), weight.thresholds, mean, call, lists.slices.data());
+    // Within these bounds neither the unit nor what it is inverted to overflows.
+    const int exponent = top > 0 ? std::min(std::max(std::ilogb(top), -126), 126) : 0;
+    lists.unit[row] = std::ldexp(1.0f, exponent);
+  }
+
+  const int64_t high = call.high_lines(), low = call.low_lines();
+  float pair[5], single[5];  // by slices that are read
+  for (int s = 0; s < 5; ++s) {
+    const float gain = s ? weight.gains[s - 1] : 0;
+    pair[s] = gain * 0.125f;
+    single[s] = gain * (s == 1 ? 0.5f : 0.5f / 16);
+  }
+  List &pairs = lists.pairs, &singles = lists.singles;
+  pairs.clear(2 * k, call.padded_rows());
+  singles.clear(k, call.padded_rows());
+  for (int64_t i = 0; i < k; ++i) {
+    int32_t s = lists.slices[i];
+    int64_t place = i;
+    if (weight.low) {
+      place = weight.low[i];
+      s = place < 0 ? std::min(s, HIGH_SLICES) : s;
+    }
+    const int64_t high_line = i * high, low_line = k * high + place * low;
+    pairs.add(s >= 2, high_line, i, pair[s]);
+    pairs.add(s == 4, low_line, i, pair[s] / 16);
+    singles.add(s & 1, s == 1 ? high_line : low_line, i, single[s]);
+  }
+  for (List* list : {&pairs, &singles}) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* x = lists.x.data() + row * k;
+      float* values = list->values.data() + row * list->capacity;
+      const float inverse = 1 / lists.unit[row];
+      for (int64_t e = 0; e < list->size; ++e)
+        values[e] = x[list->channel[e]] * inverse * list->factor[e];
+    }
+  }
+}
+
+}  // namespace grinqh
