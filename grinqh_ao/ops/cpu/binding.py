@@ -7,11 +7,11 @@ import struct
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 MOST_LEVELS = 5
 CALL_FIELDS = 8 + MOST_LEVELS
 WEIGHT_FIELDS = 13
+_PADDING = [(0,) * (MOST_LEVELS - n) for n in range(MOST_LEVELS + 1)]
 
 
 @functools.cache
@@ -27,11 +27,16 @@ def pack(fields: Sequence[int], weights: int) -> bytes:
 def call_fields(
     weights: int, rows: int, k: int, dtype: torch.dtype, levels: Sequence[int], level: int = 0
 ) -> tuple[int, ...]:
+    """``Call``; ``level`` is that of dequantizing."""
     return (
-        weights, rows, k, dtype == torch.bfloat16, torch.get_num_threads(), levels[-1], level,
-        len(levels), *levels, *(0,) * (MOST_LEVELS - len(levels)),
-    )  # fmt: skip
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+        weights,
+        rows,
+        k,
+        dtype == torch.bfloat16,
+        torch.get_num_threads(),
+        levels[-1],
+        level,
+        len(levels),
+        *levels,
+        *_PADDING[len(levels)],
+    )

@@ -55,9 +55,8 @@ def kernels() -> ctypes.CDLL | None:
 def load(library: Path) -> ctypes.CDLL:
     """A compiled library, with its functions' arguments declared."""
     loaded = ctypes.CDLL(str(library))
-    for name in ("grinqh_decode", "grinqh_dequantize"):
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = [ctypes.c_char_p], None
+    loaded.grinqh_decode.argtypes, loaded.grinqh_decode.restype = [ctypes.c_char_p], ctypes.c_int
+    loaded.grinqh_dequantize.argtypes, loaded.grinqh_dequantize.restype = [ctypes.c_char_p], None
     return loaded
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grinqh_ao.ops import oracle
-from grinqh_ao.ops.cpu.binding import address, call_fields, pack
+from grinqh_ao.ops.cpu.binding import call_fields, pack
 from grinqh_ao.ops.cpu.build import kernels
 from grinqh_ao.slices import FIELDS_PER_WORD
 
@@ -93,7 +93,8 @@ def _blocks(
         call = call_fields(1, 0, k, written, (stored,), level)
         weight = (
             0, slices[some].data_ptr(), scales[some].data_ptr(), row_scale[rows].data_ptr(), 0, 0,
-            gains.data_ptr(), 0, address(low), buffer.data_ptr(), rows.stop - rows.start, lines,
+            gains.data_ptr(), 0, 0 if low is None else low.data_ptr(), buffer.data_ptr(),
+            rows.stop - rows.start, lines,
             words,
         )  # fmt: skip
         loaded.grinqh_dequantize(pack((*call, *weight), 1))

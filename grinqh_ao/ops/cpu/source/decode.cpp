@@ -5,13 +5,15 @@
 // of threads.
 #include <omp.h>
 
+#include <atomic>
+
 #include "tile.h"
 
 namespace grinqh {
 
-constexpr int64_t LEAST_UNITS = 32;     // where there are fewer tiles, they are split
-constexpr int64_t LEAST_ENTRIES = 128;  // of a list, in a part
-constexpr int64_t WORTH_A_THREAD = 1 << 16;  // weights
+constexpr int64_t LEAST_UNITS = 32;       // where there are fewer tiles, they are split
+constexpr int64_t LEAST_WORK = 1 << 16;  // weights, in a unit
+constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
 // sums [rows, tile] -> outputs of a tile
 void write_tile(const Call& call, const Weight& weight, const Lists& lists, int64_t t,
@@ -35,7 +37,8 @@ void write_tile(const Call& call, const Weight& weight, const Lists& lists, int6
 
 }  // namespace grinqh
 
-extern "C" __attribute__((visibility("default"))) void grinqh_decode(const grinqh::Call* packed) {
+// Returns 1 and writes nothing if activations are not finite: integers cannot express them.
+extern "C" __attribute__((visibility("default"))) int grinqh_decode(const grinqh::Call* packed) {
   using namespace grinqh;
   const Call& call = *packed;
   const Weight* const weights = (const Weight*)(packed + 1);
@@ -48,7 +51,7 @@ extern "C" __attribute__((visibility("default"))) void grinqh_decode(const grinq
     work += weights[w].n * call.k;
   }
   int64_t parts = std::max<int64_t>(1, LEAST_UNITS / tiles);
-  parts = std::max<int64_t>(1, std::min(parts, call.k / LEAST_ENTRIES));
+  parts = std::max<int64_t>(1, std::min(parts, work / tiles / LEAST_WORK));
   const int64_t rows = call.padded_rows();
   starts.assign(1, 0);  // of a weight's sums among all
   for (int64_t w = 0; w < call.weights; ++w)
@@ -61,12 +64,14 @@ extern "C" __attribute__((visibility("default"))) void grinqh_decode(const grinq
   float* const all_sums = partial.data();
   const int64_t* const all_starts = starts.data();
   const int threads = (int)std::max<int64_t>(1, std::min(call.threads, work / WORTH_A_THREAD));
+  std::atomic<bool> finite{true};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t w = 0; w < call.weights; ++w) build_lists(call, weights[w], all_lists[w]);
+    for (int64_t w = 0; w < call.weights; ++w)
+      if (!build_lists(call, weights[w], all_lists[w])) finite = false;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < tiles * parts; ++unit) {
+    for (int64_t unit = 0; unit < (finite ? tiles * parts : 0); ++unit) {
       int64_t w = 0, t = unit / parts;
       while (t >= weights[w].tiles()) t -= weights[w++].tiles();
       const Weight& weight = weights[w];
@@ -75,7 +80,7 @@ extern "C" __attribute__((visibility("default"))) void grinqh_decode(const grinq
       add_tile(weight.words)(call, weight, all_lists[w], t, unit % parts, parts, sums);
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t tile = 0; tile < (finite ? tiles : 0); ++tile) {
       int64_t w = 0, t = tile;
       while (t >= weights[w].tiles()) t -= weights[w++].tiles();
       const Weight& weight = weights[w];
@@ -86,4 +91,5 @@ extern "C" __attribute__((visibility("default"))) void grinqh_decode(const grinq
       write_tile(call, weight, all_lists[w], t, sums);
     }
   }
+  return finite ? 0 : 1;
 }

@@ -17,36 +17,46 @@
 
 namespace grinqh {
 
-constexpr int BLOCK = 64;  // entries that are multiplied together; the next block's are prefetched
+constexpr int BLOCK = 64;  // entries that are multiplied together
+
+struct Entry {
+  uint32_t line;     // of a tile: where the first of the slices is
+  uint32_t channel;  // whose scales count
+};
 
 struct List {
-  std::vector<uint32_t> line;     // [capacity], of a tile: where the first of the slices is
-  std::vector<uint32_t> channel;  // [capacity], whose scales count
-  std::vector<float> factor;      // [capacity]
-  std::vector<float> values;      // [padded rows, capacity]: x * factor, in units of the row
+  std::vector<Entry> entries;  // [capacity]
+  std::vector<float> factor;   // [capacity]
+  std::vector<float> values;   // [padded rows, capacity]: x * factor, in units of the row
   int64_t size = 0, capacity = 0;
 
-  void clear(int64_t most, int64_t rows) {
-    size = 0;
-    capacity = most + 2 * BLOCK;  // what is read beyond the last entry, but does not count
-    line.assign(capacity, 0);
-    channel.resize(capacity);
-    factor.resize(capacity);
-    values.assign(rows * capacity, 0);
+  void reserve(int64_t most, int64_t rows) {
+    capacity = most + BLOCK;  // a block more is read, but does not count
+    if ((int64_t)entries.size() < capacity) {
+      entries.resize(capacity);
+      factor.resize(capacity);
+    }
+    if ((int64_t)values.size() < rows * capacity) values.resize(rows * capacity);
   }
+};
 
-  // Always writes and counts only if `there`: as good as random, a branch would be mispredicted.
-  void add(bool there, int64_t at, int64_t k, float weighs) {
-    line[size] = (uint32_t)at;
-    channel[size] = (uint32_t)k;
-    factor[size] = weighs;
-    size += there;
+// Where a list is being written.
+struct Writer {
+  Entry* __restrict entry;
+  float* __restrict factor;
+
+  // Always writes and goes on only if `there`: as good as random, a branch would be mispredicted.
+  void add(bool there, uint32_t line, uint32_t channel, float weighs) {
+    *entry = {line, channel};
+    *factor = weighs;
+    entry += there;
+    factor += there;
   }
 };
 
 struct Lists {
   List pairs, singles;
-  float unit[MOST_ROWS];  // of each row: a power of two, its largest finite |x| or little less
+  float unit[MOST_ROWS];  // of each row: a power of two, its largest |x| or little less
   std::vector<float> x;   // [rows, k]
   std::vector<float> sensitivity;
   std::vector<int32_t> slices;
@@ -60,8 +70,7 @@ inline void measure(const float* x, const float* sensitivity, int64_t k, float& 
     const Floats value = load<Floats>(x + i);
     const Floats magnitude = (Floats)((Words)value & 0x7FFFFFFFu);
     sum += magnitude * load<Floats>(sensitivity + i);
-    const Ints larger = (magnitude > largest) & (magnitude <= FLT_MAX);
-    largest = (Floats)(((Ints)magnitude & larger) | ((Ints)largest & ~larger));
+    largest = larger(largest, magnitude);
   }
   double total = 0;
   top = 0;
@@ -72,7 +81,7 @@ inline void measure(const float* x, const float* sensitivity, int64_t k, float& 
   for (; i < k; ++i) {
     const float magnitude = std::fabs(x[i]);
     total += magnitude * sensitivity[i];
-    if (magnitude <= FLT_MAX) top = std::max(top, magnitude);
+    top = std::max(top, magnitude);
   }
   mean = (float)(total / (double)k);
 }
@@ -86,14 +95,15 @@ inline void grade(const float* x, const float* sensitivity, const float* thresho
     threshold = threshold > FLT_MAX ? FLT_MAX : threshold;
     const int32_t wanted = (int32_t)call.levels[j + 1] / 2;
     for (int64_t i = 0; i < call.k; ++i) {
-      const bool above = !(std::fabs(x[i]) * sensitivity[i] <= threshold);  // true for NaN
+      const bool above = std::fabs(x[i]) * sensitivity[i] > threshold;
       const int32_t asked = above ? wanted : 0;
       slices[i] = slices[i] < asked ? asked : slices[i];
     }
   }
 }
 
-inline void build_lists(const Call& call, const Weight& weight, Lists& lists) {
+// False if an activation is not finite, or so large that their sum is not.
+inline bool build_lists(const Call& call, const Weight& weight, Lists& lists) {
   const int64_t k = call.k, rows = call.rows;
   lists.x.resize(rows * k);
   lists.sensitivity.resize(k);
@@ -111,6 +121,7 @@ inline void build_lists(const Call& call, const Weight& weight, Lists& lists) {
     const float* x = lists.x.data() + row * k;
     float mean, top;
     measure(x, lists.sensitivity.data(), k, mean, top);
+    if (!(mean <= FLT_MAX)) return false;
     grade(x, lists.sensitivity.data(), weight.thresholds, mean, call, lists.slices.data());
     // Within these bounds neither the unit nor what it is inverted to overflows.
     const int exponent = top > 0 ? std::min(std::max(std::ilogb(top), -126), 126) : 0;
@@ -124,30 +135,39 @@ inline void build_lists(const Call& call, const Weight& weight, Lists& lists) {
     pair[s] = gain * 0.125f;
     single[s] = gain * (s == 1 ? 0.5f : 0.5f / 16);
   }
-  List &pairs = lists.pairs, &singles = lists.singles;
-  pairs.clear(2 * k, call.padded_rows());
-  singles.clear(k, call.padded_rows());
+  lists.pairs.reserve(2 * k, call.padded_rows());
+  lists.singles.reserve(k, call.padded_rows());
+  Writer pairs{lists.pairs.entries.data(), lists.pairs.factor.data()};
+  Writer singles{lists.singles.entries.data(), lists.singles.factor.data()};
+  const int32_t* const slices = lists.slices.data();
   for (int64_t i = 0; i < k; ++i) {
-    int32_t s = lists.slices[i];
+    int32_t s = slices[i];
     int64_t place = i;
     if (weight.low) {
       place = weight.low[i];
       s = place < 0 ? std::min(s, HIGH_SLICES) : s;
     }
-    const int64_t high_line = i * high, low_line = k * high + place * low;
+    const auto high_line = (uint32_t)(i * high), low_line = (uint32_t)(k * high + place * low);
     pairs.add(s >= 2, high_line, i, pair[s]);
     pairs.add(s == 4, low_line, i, pair[s] / 16);
     singles.add(s & 1, s == 1 ? high_line : low_line, i, single[s]);
   }
-  for (List* list : {&pairs, &singles}) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* x = lists.x.data() + row * k;
-      float* values = list->values.data() + row * list->capacity;
-      const float inverse = 1 / lists.unit[row];
-      for (int64_t e = 0; e < list->size; ++e)
-        values[e] = x[list->channel[e]] * inverse * list->factor[e];
+  lists.pairs.size = pairs.entry - lists.pairs.entries.data();
+  lists.singles.size = singles.entry - lists.singles.entries.data();
+
+  for (List* list : {&lists.pairs, &lists.singles}) {
+    std::fill_n(list->entries.data() + list->size, BLOCK, Entry{});
+    for (int64_t row = 0; row < call.padded_rows(); ++row) {
+      const float* const x = lists.x.data() + row * k;
+      float* const values = list->values.data() + row * list->capacity;
+      const float inverse = row < rows ? 1 / lists.unit[row] : 0;
+      const int64_t size = row < rows ? list->size : 0;
+      for (int64_t e = 0; e < size; ++e)
+        values[e] = x[list->entries[e].channel] * inverse * list->factor[e];
+      std::fill_n(values + size, list->size - size + BLOCK, 0.0f);
     }
   }
+  return true;
 }
 
 }  // namespace grinqh

@@ -73,7 +73,7 @@ void multiply_scales(const List& list, int64_t first, int size, int64_t first_ro
   alignas(64) int32_t whole[PARTS][BLOCK * G];
 
   for (int e = 0; e < size; ++e)
-    std::memcpy(codes + e * G, scales + (int64_t)list.channel[first + e] * G, G);
+    std::memcpy(codes + e * G, scales + (int64_t)list.entries[first + e].channel * G, G);
   std::memset(codes + size * G, 0, values - size * G);  // what fills a step up counts nothing
   for (int i = 0; i < values; i += LANES) store(scale + i, decode_scales(codes + i));
 
@@ -139,6 +139,15 @@ inline Words odd_nibbles(Words upper, Words lower) {
 inline Words low_halves(Words a, Words b) { return (a & 0xFFFFu) | (b << 16); }
 inline Words high_halves(Words a, Words b) { return (a >> 16) | (b & 0xFFFF0000u); }
 
+// Fetches one column's share of an entry's lines into the second-level cache: the first has too
+// few places for misses.
+template <int WORDS>
+inline void prefetch(const uint32_t* tile, Entry entry, int column, int bytes) {
+  const auto* line = (const char*)(tile + (int64_t)entry.line * WORDS);
+  const int share = bytes / Shape<WORDS>::COLUMNS;
+  for (int at = 0; at < share; at += 64) __builtin_prefetch(line + column * share + at, 0, 2);
+}
+
 // One column of a block's words, as they are multiplied. Fields are in the order in which they lie
 // there: of singles 0, 1, .. 15, of pairs 0, 2, .. 14, 1, 3, .. 15.
 template <int WORDS, bool PAIRS>
@@ -151,15 +160,15 @@ struct Halves {
 
   static constexpr int field(int i) { return PAIRS ? i % 8 * 2 + i / 8 : i; }
 
-  void gather(const uint32_t* line, int size, const uint32_t* tile, int column) {
+  // On the way a part of the next block's lines is fetched: `next` of them.
+  void gather(const Entry* entries, int size, const uint32_t* tile, int column, const Entry* next,
+              int next_bytes) {
     for (int step = 0; step * S::STEP < size; ++step) {
       const uint32_t* lines[S::STEP];
       for (int c = 0; c < S::STEP; ++c) {
-        lines[c] = tile + (int64_t)line[step * S::STEP + c] * WORDS + column * LANES;
-        // The next block's words, a part of them with each column.
-        const auto* next = (const char*)(tile + (int64_t)line[step * S::STEP + c + BLOCK] * WORDS);
-        constexpr int BYTES = 4 * WORDS * (PAIRS ? 2 : 1) / S::COLUMNS;
-        for (int at = 0; at < BYTES; at += 64) __builtin_prefetch(next + column * BYTES + at, 0, 2);
+        const int e = step * S::STEP + c;
+        lines[c] = tile + (int64_t)entries[e].line * WORDS + column * LANES;
+        prefetch<WORDS>(tile, next[e], column, next_bytes);
       }
       const Words a = join<WORDS>(lines), b = join<WORDS>(lines + S::CHANNELS);
       if constexpr (PAIRS) {
@@ -229,19 +238,47 @@ void add_all_fields(const Halves<WORDS, PAIRS>& halves, int size,
     add_all_fields<WORDS, ROWS, PARTS, PAIRS, FIRST + FIELDS>(halves, size, multipliers, column, sums);
 }
 
-// Adds entries first .. last - 1 of a list.
+// Adds a block of a list; `next` are the entries of the one that follows.
 template <int WORDS, int ROWS, int PARTS, bool PAIRS>
-void add_products(const List& list, int64_t first, int64_t last, int64_t first_row,
-                  const uint32_t* tile, const uint8_t* scales, typename Shape<WORDS>::Sums* sums) {
+void add_block(const List& list, int64_t first, int size, const Entry* next, int next_bytes,
+               int64_t first_row, const uint32_t* tile, const uint8_t* scales,
+               typename Shape<WORDS>::Sums* sums) {
   Multipliers<WORDS, ROWS, PARTS> multipliers;
   Halves<WORDS, PAIRS> halves;
-  for (; first < last; first += BLOCK) {
-    const int size = (int)std::min<int64_t>(BLOCK, last - first);
-    multiply_scales(list, first, size, first_row, scales, multipliers);
-    for (int column = 0; column < Shape<WORDS>::COLUMNS; ++column) {
-      halves.gather(list.line.data() + first, size, tile, column);
-      add_all_fields(halves, size, multipliers, column, sums);
-    }
+  multiply_scales(list, first, size, first_row, scales, multipliers);
+  for (int column = 0; column < Shape<WORDS>::COLUMNS; ++column) {
+    halves.gather(list.entries.data() + first, size, tile, column, next, next_bytes);
+    add_all_fields(halves, size, multipliers, column, sums);
+  }
+}
+
+// Adds one of `parts` equal parts of both lists.
+template <int WORDS, int ROWS, int PARTS>
+void add_products(const Lists& lists, int64_t part, int64_t parts, int64_t first_row,
+                  const uint32_t* tile, const uint8_t* scales, typename Shape<WORDS>::Sums* sums) {
+  constexpr int LINE = 4 * WORDS;  // bytes
+  const List &pairs = lists.pairs, &singles = lists.singles;
+  int64_t pair = pairs.size * part / parts, single = singles.size * part / parts;
+  const int64_t last_pair = pairs.size * (part + 1) / parts;
+  const int64_t last_single = singles.size * (part + 1) / parts;
+  const Entry* const first_singles = singles.entries.data() + single;
+  for (int e = 0; e < BLOCK; ++e)
+    for (int column = 0; column < Shape<WORDS>::COLUMNS; ++column)
+      prefetch<WORDS>(tile, pairs.entries[pair + e], column, 2 * LINE);
+  while (pair < last_pair) {
+    const int size = (int)std::min<int64_t>(BLOCK, last_pair - pair);
+    const bool more = pair + size < last_pair;
+    const Entry* next = more ? pairs.entries.data() + pair + size : first_singles;
+    add_block<WORDS, ROWS, PARTS, true>(pairs, pair, size, next, more ? 2 * LINE : LINE, first_row,
+                                        tile, scales, sums);
+    pair += size;
+  }
+  while (single < last_single) {
+    const int size = (int)std::min<int64_t>(BLOCK, last_single - single);
+    const Entry* next = singles.entries.data() + single + size;
+    add_block<WORDS, ROWS, PARTS, false>(singles, single, size, next, LINE, first_row, tile, scales,
+                                         sums);
+    single += size;
   }
 }
 

@@ -15,12 +15,7 @@ void add_rows(const Call& call, const Weight& weight, const Lists& lists, int64_
   const uint32_t* tile = weight.slices + t * weight.lines * WORDS;
   const uint8_t* scales = weight.scales + t * call.k * S::GROUPS;
   alignas(64) typename S::Sums sums[ROWS] = {};
-  auto cut = [&](const List& list, int64_t i) { return list.size * i / parts; };
-  const List &pairs = lists.pairs, &singles = lists.singles;
-  add_products<WORDS, ROWS, PARTS, true>(pairs, cut(pairs, part), cut(pairs, part + 1), first_row,
-                                         tile, scales, sums);
-  add_products<WORDS, ROWS, PARTS, false>(singles, cut(singles, part), cut(singles, part + 1),
-                                          first_row, tile, scales, sums);
+  add_products<WORDS, ROWS, PARTS>(lists, part, parts, first_row, tile, scales, sums);
   for (int r = 0; r < ROWS; ++r) {
     for (int n = 0; n < S::TILE; ++n) {
       float total = 0;
