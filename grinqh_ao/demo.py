@@ -54,6 +54,7 @@ class Row:
     all_bits_read: float | None = None
     mb_read_per_token: float | None = None
     tokens_per_second: float | None = None
+    speed_up: float | None = None
 
 
 # Columns of the printed table: field, header, format.
@@ -65,7 +66,8 @@ COLUMNS = (
     ("all_bits_read", "read, all", ".2f"),
     ("mb_read_per_token", "MB/token", ".1f"),
     ("stored_mb", "stored MB", ".1f"),
-    ("tokens_per_second", "tokens/s", ".2f"),
+    ("tokens_per_second", "tokens/s", ".1f"),
+    ("speed_up", "speed-up", ".2f"),
     ("kl", "mean KL", ".4f"),
     ("perplexity", "perplexity", ".2f"),
 )
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     inputs = prompt_inputs(tokenizer, arguments.prompt).to(model.device)
     ids = token_rows(tokenizer, english_prose(), arguments.tokens).to(model.device)
 
-    text, speed = _generate(model, tokenizer, inputs, arguments.new_tokens)
+    text, dense_speed = _generate(model, tokenizer, inputs, arguments.new_tokens)
     print(f"\n{name}:\n{text}\n")
     full = reference(model, ids)
     base = evaluate(model, full, decode_rule=False)
@@ -121,7 +123,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             kl=base.kl,
             perplexity=base.perplexity,
             mb_read_per_token=sum(w.numel() * w.dtype.itemsize for w in layers) / 1e6,
-            tokens_per_second=speed,
+            tokens_per_second=dense_speed,
+            speed_up=1.0,
         ),
         Row("GRINQH, prefill", stored_mb=stored, kl=prefill.kl, perplexity=prefill.perplexity),
     ]
@@ -144,6 +147,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
                 all_bits_read=measured.total.bits,
                 mb_read_per_token=measured.total.bytes_per_token_with_scales / 1e6,
                 tokens_per_second=speed,
+                speed_up=speed / dense_speed,
             )
         )
     print(

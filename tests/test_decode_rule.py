@@ -39,6 +39,8 @@ def test_agrees_with_decoding_token_by_token(family, tied):
     """Logit by logit, with a real KV cache after a real dense prefill."""
     model = tiny_model(family, tied=tied)
     quantize_(model, GrinqhConfig(bits=3))
+    # One in a hundred such texts has a channel so near a threshold that rounding decides its level.
+    torch.manual_seed(1)
     ids = torch.randint(0, 320, (1, 24))
     prompt = 9
     with decode_every_row(dense_prefix=prompt):

@@ -6,7 +6,7 @@ Arguments as in :mod:`grinqh_ao.ops.oracle`, which takes what the kernels do not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from grinqh_ao.ops.cpu.build import kernels
 
 MOST_ROWS = 8
 # Those of decode_linear's arguments that belong to the weight, in order.
-Weight = tuple[Any, ...]
+Weight = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
 
 
 def supports(x: Tensor, rows: int, slices: Tensor) -> bool:
@@ -84,7 +84,10 @@ def decode_experts(
     stack = (slices, scales, row_scale, sensitivity, thresholds, gains)
     if not supports(x, min(len(x), 1), slices):
         return oracle.decode_experts(x, experts, *stack, levels)
-    weights = [(*(data[e] for data in stack), None, None) for e in experts.tolist()]
+    weights = [
+        (slices[e], scales[e], row_scale[e], sensitivity[e], thresholds[e], gains[e], None, None)
+        for e in experts.tolist()
+    ]
     return torch.cat(_decode(x, 1, weights, levels, x.shape[-1]))
 
 
@@ -112,7 +115,9 @@ def _decode(
         if not _is_plain(*weight, x.dtype):
             *stored, bias, low = weight
             bias = None if bias is None else bias.to(x.dtype)
-            weight = tuple(None if t is None else t.contiguous() for t in (*stored, bias, low))
+            weight = cast(
+                Weight, tuple(t if t is None else t.contiguous() for t in (*stored, bias, low))
+            )
             kept.append(weight)
         slices, scales, row_scale, sensitivity, thresholds, gains, bias, low = weight
         n = len(row_scale)

@@ -105,6 +105,8 @@ inline void grade(const float* x, const float* sensitivity, const float* thresho
 // False if an activation is not finite, or so large that their sum is not.
 inline bool build_lists(const Call& call, const Weight& weight, Lists& lists) {
   const int64_t k = call.k, rows = call.rows;
+  for (const void* soon : {(const void*)weight.gains, (const void*)weight.row_scale, weight.bias})
+    __builtin_prefetch(soon);
   lists.x.resize(rows * k);
   lists.sensitivity.resize(k);
   lists.slices.assign(k, (int32_t)call.levels[0] / 2);

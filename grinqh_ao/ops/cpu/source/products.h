@@ -139,13 +139,17 @@ inline Words odd_nibbles(Words upper, Words lower) {
 inline Words low_halves(Words a, Words b) { return (a & 0xFFFFu) | (b << 16); }
 inline Words high_halves(Words a, Words b) { return (a >> 16) | (b & 0xFFFF0000u); }
 
-// Fetches one column's share of an entry's lines into the second-level cache: the first has too
-// few places for misses.
+// Fetches one column's share of an entry's lines, and with the first its scales, into the
+// second-level cache: the first-level one has too few places for misses.
 template <int WORDS>
-inline void prefetch(const uint32_t* tile, Entry entry, int column, int bytes) {
+inline void prefetch(const uint32_t* tile, const uint8_t* scales, Entry entry, int column,
+                     int bytes) {
+  using S = Shape<WORDS>;
   const auto* line = (const char*)(tile + (int64_t)entry.line * WORDS);
-  const int share = bytes / Shape<WORDS>::COLUMNS;
+  const int share = bytes / S::COLUMNS;
   for (int at = 0; at < share; at += 64) __builtin_prefetch(line + column * share + at, 0, 2);
+  if (column == 0 && S::GROUPS > 1)
+    __builtin_prefetch(scales + (int64_t)entry.channel * S::GROUPS, 0, 2);
 }
 
 // One column of a block's words, as they are multiplied. Fields are in the order in which they lie
@@ -161,14 +165,14 @@ struct Halves {
   static constexpr int field(int i) { return PAIRS ? i % 8 * 2 + i / 8 : i; }
 
   // On the way a part of the next block's lines is fetched: `next` of them.
-  void gather(const Entry* entries, int size, const uint32_t* tile, int column, const Entry* next,
-              int next_bytes) {
+  void gather(const Entry* entries, int size, const uint32_t* tile, const uint8_t* scales,
+              int column, const Entry* next, int next_bytes) {
     for (int step = 0; step * S::STEP < size; ++step) {
       const uint32_t* lines[S::STEP];
       for (int c = 0; c < S::STEP; ++c) {
         const int e = step * S::STEP + c;
         lines[c] = tile + (int64_t)entries[e].line * WORDS + column * LANES;
-        prefetch<WORDS>(tile, next[e], column, next_bytes);
+        prefetch<WORDS>(tile, scales, next[e], column, next_bytes);
       }
       const Words a = join<WORDS>(lines), b = join<WORDS>(lines + S::CHANNELS);
       if constexpr (PAIRS) {
@@ -247,7 +251,7 @@ void add_block(const List& list, int64_t first, int size, const Entry* next, int
   Halves<WORDS, PAIRS> halves;
   multiply_scales(list, first, size, first_row, scales, multipliers);
   for (int column = 0; column < Shape<WORDS>::COLUMNS; ++column) {
-    halves.gather(list.entries.data() + first, size, tile, column, next, next_bytes);
+    halves.gather(list.entries.data() + first, size, tile, scales, column, next, next_bytes);
     add_all_fields(halves, size, multipliers, column, sums);
   }
 }
@@ -264,7 +268,7 @@ void add_products(const Lists& lists, int64_t part, int64_t parts, int64_t first
   const Entry* const first_singles = singles.entries.data() + single;
   for (int e = 0; e < BLOCK; ++e)
     for (int column = 0; column < Shape<WORDS>::COLUMNS; ++column)
-      prefetch<WORDS>(tile, pairs.entries[pair + e], column, 2 * LINE);
+      prefetch<WORDS>(tile, scales, pairs.entries[pair + e], column, 2 * LINE);
   while (pair < last_pair) {
     const int size = (int)std::min<int64_t>(BLOCK, last_pair - pair);
     const bool more = pair + size < last_pair;

@@ -1,0 +1,222 @@
+"""Decoding on a CPU: single layers against other weight formats, then a whole model.
+
+    python benchmarks/cpu.py --json benchmarks/results/cpu.json
+
+All are timed in turn, many rounds in one run, and medians are taken: compare ratios. Weights rotate
+past the last-level cache. llama.cpp takes part in the second half if llama-cpp-python is installed.
+``python benchmarks/plot_cpu.py`` draws the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import llama_cpp_models
+from grinqh_ao import GrinqhConfig, GrinqhTensor, set_bits
+from grinqh_ao.running import SMOLLM2, Clock, describe_machine, load, prompt_inputs
+
+BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 8.0)
+# [out, in]: SmolLM2-135M's, then those of 8B models.
+SHAPES = [
+    (192, 576), (576, 576), (1536, 576), (576, 1536), (49152, 576),
+    (4096, 4096), (14336, 4096), (4096, 14336),
+]  # fmt: skip
+ROTATED = 96 << 20  # bytes of weights of each kind, three times a large last-level cache
+COPIED = 256 << 20
+INT4_GROUP = 32
+PROMPT = "Explain in two sentences why the sky is blue."
+Timed = dict[str, list[Callable[[], object]]]
+
+
+def compare(timed: Timed, seconds: float) -> dict[str, float]:
+    """Median microseconds of each: one call of each per round, its copies in rotation."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for calls in timed.values():
+        for call in calls[:2]:
+            call()
+    turn, end = 0, time.perf_counter() + seconds
+    while time.perf_counter() < end or turn < 5:
+        for name, calls in timed.items():
+            started = time.perf_counter()
+            calls[turn % len(calls)]()
+            times[name].append(time.perf_counter() - started)
+        turn += 1
+    return {name: 1e6 * statistics.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth() -> float:
+    """GB/s that a plain copy moves, read and written."""
+    source = torch.ones(COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * COPIED / compare({"copy": [lambda: target.copy_(source)]}, 2.0)["copy"] / 1e3
+
+
+def copies(weight: Tensor, nbytes: float) -> list[Tensor]:
+    number = max(2, round(ROTATED / nbytes))
+    return [weight, *(weight.clone() for _ in range(number - 1))]
+
+
+def int8(n: int, k: int, x: Tensor) -> list[Callable[[], object]]:
+    """TorchAO's int8 weight-only, compiled: in eager mode it dequantizes all weights first."""
+    layer = nn.Linear(k, n, bias=False, dtype=x.dtype)
+    quantize_(layer, Int8WeightOnlyConfig())
+    compiled = torch.compile(F.linear)
+    weights = copies(layer.weight.data, n * k)
+    return [lambda w=w: compiled(x, w) for w in weights]
+
+
+def int4(n: int, k: int, x: Tensor) -> list[Callable[[], object]]:
+    """PyTorch's own int4 product for CPUs, which TorchAO's CPU layouts call; random codes."""
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.randn(k // INT4_GROUP, n, 2, dtype=x.dtype)
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    weights = copies(packed, n * k / 2)
+    return [lambda w=w: multiply(x, w, INT4_GROUP, scales) for w in weights]
+
+
+def layer(n: int, k: int, seconds: float) -> dict[str, Any]:
+    """One shape: microseconds of everything, and the bytes that our levels ask for."""
+    torch.manual_seed(0)
+    dense = torch.randn(n, k)
+    x = torch.distributions.Laplace(0.0, 1.0).sample((1, k))
+    half = x.bfloat16()
+    timed: Timed = {
+        "float32": [lambda w=w: F.linear(x, w) for w in copies(dense, 4 * n * k)],
+        "bfloat16": [lambda w=w: F.linear(half, w) for w in copies(dense.bfloat16(), 2 * n * k)],
+    }
+    for name, make in {"int8 (torchao, compiled)": int8, "int4 (PyTorch)": int4}.items():
+        try:
+            timed[name] = make(n, k, half)
+            timed[name][0]()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            timed.pop(name, None)
+            print(f"{name} of {n}x{k} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
+    nested = GrinqhTensor.from_hp(dense)
+    weights = copies(nested, nested.stored_bytes)
+    needed = {}
+    for bits in BITS:
+        # Thresholds of their own on the same data, so that all bits are timed in turn.
+        read = [w.with_data(lambda data: data) for w in weights]
+        for weight in read:
+            weight.thresholds = weight.thresholds.clone()
+            weight.set_bits(bits)
+        timed[f"{bits:g} bits"] = [lambda w=w: F.linear(half, w) for w in read]
+        timed[f"{bits:g} bits, float32"] = [lambda w=w: F.linear(x, w) for w in read]
+        levels = read[0].grade(half)
+        needed[f"{bits:g} bits"] = n * (float(levels.sum()) / 8 + float((levels > 0).sum()) / 64)
+    return {"shape": [n, k], "us": compare(timed, seconds), "needed_bytes": needed}
+
+
+def report_layers(threads: list[int], seconds: float) -> list[dict[str, Any]]:
+    rows = []
+    for number in threads:
+        torch.set_num_threads(number)
+        copied = copy_bandwidth()
+        cells = []
+        for n, k in SHAPES:
+            row = {"threads": number, "copy_gb_per_s": copied, **layer(n, k, seconds)}
+            rows.append(row)
+            us = row["us"]
+            at = {
+                bits: row["needed_bytes"][f"{bits:g} bits"] / us[f"{bits:g} bits"] for bits in BITS
+            }
+            cells.append(
+                [f"{n}x{k}", us["bfloat16"]]
+                + [us["bfloat16"] / us[f"{bits:g} bits"] for bits in BITS]
+                + [us.get(name, float("nan")) / us["3 bits"] for name in list(us)[2:4]]
+                + [us["2 bits"] and us["3 bits"] / us["2 bits"], at[3.0] / 1e3]
+            )
+        headers = ["layer", "bf16 us", *(f"{bits:g}" for bits in BITS)]
+        headers += ["3 vs int8", "3 vs int4", "2 vs 3", "GB/s at 3"]
+        print(
+            f"\n{number} threads, copy {copied:.1f} GB/s; times as fast as bfloat16 at each bits:"
+        )
+        print(tabulate(cells, headers, "github", floatfmt=".2f"), flush=True)
+    return rows
+
+
+def report_models(rounds: int, new_tokens: int, modes: list[str]) -> list[dict[str, Any]]:
+    """Unchanged generate(), tokens per second after the first."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for mode in modes:
+            name = str(dtype).removeprefix("torch.")
+            dense, tokenizer = load(SMOLLM2, dtype=dtype)
+            nested = copy.deepcopy(dense)
+            quantize_(nested, GrinqhConfig(bits=3))
+            inputs = prompt_inputs(tokenizer, PROMPT)
+            options: dict[str, Any] = {}
+            if mode == "compiled":
+                options["cache_implementation"] = "static"
+                for model in (dense, nested):
+                    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True)
+
+            def speed(model: Any, options=options, inputs=inputs) -> float:
+                clock = Clock()
+                model.generate(
+                    **inputs, **options, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                    do_sample=False, streamer=clock, pad_token_id=0,
+                )  # fmt: skip
+                return clock.tokens_per_second()
+
+            speeds: dict[str, list[float]] = {}
+            for turn in range(rounds + 1):  # the first compiles and warms up
+                for bits in (None, 2.0, 3.0, 4.0):
+                    if bits:
+                        set_bits(nested, bits)
+                    found = speed(nested if bits else dense)
+                    if turn:
+                        speeds.setdefault(f"{bits:g} bits" if bits else "dense", []).append(found)
+            medians = {which: statistics.median(values) for which, values in speeds.items()}
+            rows.append({"dtype": name, "mode": mode, "tokens_per_second": medians})
+            print(name, mode, {w: round(s, 2) for w, s in medians.items()}, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each layer")
+    parser.add_argument("--rounds", type=int, default=5, help="for each model")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--modes", nargs="*", default=["eager", "compiled"])
+    arguments = parser.parse_args()
+    threads = torch.get_num_threads()
+    report: dict[str, Any] = {
+        "machine": describe_machine(),
+        "command": "python " + " ".join(sys.argv),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    print(report["machine"])
+    sections: dict[str, Callable[[], object]] = {
+        "layers": lambda: report_layers(sorted(set(arguments.threads)), arguments.seconds),
+        "models": lambda: report_models(arguments.rounds, arguments.new_tokens, arguments.modes),
+        "llama.cpp": lambda: llama_cpp_models.speeds(
+            threads, arguments.rounds, arguments.new_tokens
+        ),
+    }
+    for name, section in sections.items():
+        torch.set_num_threads(threads)
+        report[name] = section()
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
