@@ -1,0 +1,51 @@
+"""``benchmarks/cpu.py`` on small sizes: that it runs, not how fast anything is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cpu
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(cpu, "SHAPES", [(128, 64), (70, 32)])
+    monkeypatch.setattr(cpu, "ROTATED", 1 << 16)
+    monkeypatch.setattr(cpu, "COPIED", 1 << 16)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_layers_and_their_picture(monkeypatch, tmp_path):
+    rows = cpu.report_layers([1, 2], seconds=0.05)
+    assert [row["threads"] for row in rows] == [1, 1, 2, 2]
+    for row in rows:
+        assert set(row["us"]) >= {
+            "bfloat16",
+            "int8 (torchao, compiled)",
+            "3 bits",
+            "8 bits, float32",
+        }
+        n, k = row["shape"]
+        assert row["needed_bytes"]["8 bits"] == pytest.approx(n * k * (1 + 1 / 64), rel=0.02)
+        assert row["needed_bytes"]["2 bits"] < row["needed_bytes"]["4 bits"]
+    plot_cpu = pytest.importorskip("plot_cpu", exc_type=ImportError)  # needs matplotlib
+    monkeypatch.setattr(plot_cpu, "LEAST_WEIGHTS", 0)
+    plot_cpu.draw({"machine": "a CPU; versions", "layers": rows}, tmp_path / "cpu.svg")
+    assert (tmp_path / "cpu.svg").stat().st_size > 10_000
+
+
+def test_main_writes_what_it_measured(monkeypatch, tmp_path):
+    file = tmp_path / "cpu.json"
+    arguments = ["cpu.py", "--only", "layers", "--threads", "1", "--seconds", "0.01"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json", str(file)])
+    cpu.main()
+    report = json.loads(file.read_text())
+    assert len(report["layers"]) == 2
+    assert "torch" in report["machine"]
