@@ -52,7 +52,7 @@ def test_decode_op_is_called_once_per_linear_and_token(family):
         generate(model, torch.randint(0, 320, (1, 11)), max_new_tokens=5)
     # Eleven tokens are a prompt. It yields the first token: its head sees one row already.
     assert count.calls[ops.decode_linear] == 1 + 4 * layers
-    assert count.calls[ops.dequantize] == layers - 1
+    assert count.calls[ops.dense_linear] == layers - 1
 
 
 @torch.no_grad()

@@ -204,7 +204,8 @@ def test_embedding_is_the_dense_row(n):
     weight = GrinqhTensor.from_hp(torch.randn(n, 40))
     indices = torch.randint(0, n, (2, 5))
     expected = F.embedding(indices, weight.dequantize())
-    assert torch.equal(F.embedding(indices, weight), expected)
+    # Rows and whole weights are dequantized by different code: equal but for float32 rounding.
+    torch.testing.assert_close(F.embedding(indices, weight), expected, rtol=5e-7, atol=0)
     for index in (n, -1):
         with pytest.raises(IndexError):
             F.embedding(torch.tensor([index]), weight)

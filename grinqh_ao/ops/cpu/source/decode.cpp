@@ -3,8 +3,6 @@
 // Work is cut into units: a tile of outputs times a part of the lists. How, depends on shapes and
 // lists alone, and a tile's parts are summed up in order: so results are the same for any number
 // of threads.
-#include <omp.h>
-
 #include <atomic>
 
 #include "tile.h"

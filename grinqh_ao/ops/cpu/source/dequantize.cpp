@@ -1,6 +1,4 @@
 // grinqh::dequantize on CPUs, transposed: what it means is written down in ops/oracle.py.
-#include <omp.h>
-
 #include <cmath>
 
 #include "vectors.h"
