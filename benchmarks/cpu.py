@@ -28,6 +28,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import llama_cpp_models
 from grinqh_ao import GrinqhConfig, GrinqhTensor, set_bits
+from grinqh_ao.demo import PROMPT
 from grinqh_ao.running import SMOLLM2, Clock, describe_machine, load, prompt_inputs
 
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 8.0)
@@ -41,7 +42,6 @@ COPIED = 256 << 20
 CALLS = 4
 LEAST_TURNS = 6
 INT4_GROUP = 32
-PROMPT = "Explain in two sentences why the sky is blue."
 Timed = dict[str, list[Callable[[], object]]]
 
 

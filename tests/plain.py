@@ -8,6 +8,18 @@ from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.experts import ExpertLinears
 
 
+def laplace(*shape: int) -> Tensor:
+    return torch.distributions.Laplace(0.0, 1.0).sample(shape)
+
+
+def absolute(weight: GrinqhTensor, *thresholds: float) -> GrinqhTensor:
+    """Calibrated thresholds are absolute; here all channels weigh the same."""
+    weight.sensitivity.fill_(1)
+    weight.thresholds[0] = torch.tensor(thresholds)
+    weight.thresholds[1] = 0
+    return weight
+
+
 def dense_at(weight: GrinqhTensor, level: int) -> Tensor:
     """float64 [N, K]: every stored bit by its documented place and meaning, one at a time."""
     n, k = weight.shape

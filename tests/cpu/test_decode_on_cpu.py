@@ -11,6 +11,7 @@ from grinqh_ao import GrinqhTensor, ops
 from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.ops.cpu import build, decode, dequantize
 from grinqh_ao.slices import drop_low
+from plain import absolute, laplace
 
 LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
 # Of the largest output.
@@ -57,18 +58,6 @@ def assert_decoded(x, weight, bias=None):
     allowed = TOLERANCE[x.dtype] * float(expected.abs().max())
     allowed += torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
     assert float((found.double() - expected).abs().max()) <= allowed
-
-
-def laplace(*shape: int) -> torch.Tensor:
-    return torch.distributions.Laplace(0.0, 1.0).sample(shape)
-
-
-def absolute(weight: GrinqhTensor, *thresholds: float) -> GrinqhTensor:
-    """Calibrated thresholds are absolute; here all channels weigh the same."""
-    weight.sensitivity.fill_(1)
-    weight.thresholds[0] = torch.tensor(thresholds)
-    weight.thresholds[1] = 0
-    return weight
 
 
 @st.composite

@@ -12,6 +12,7 @@ from grinqh_ao import GrinqhTensor
 from grinqh_ao.ops.triton.decode import Weight, launch
 from grinqh_ao.ops.triton.lists import SELECT
 from grinqh_ao.slices import drop_low
+from plain import absolute, laplace
 
 LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
 # Of the largest output. Tensor cores take activations times scales in float16.
@@ -47,18 +48,6 @@ def assert_decoded(x, weight, bias=None, chunk=None):
 
 def compact(weight: GrinqhTensor, share: float) -> GrinqhTensor:
     weight.slices, weight.low = drop_low(weight.slices, torch.rand(weight.shape[1]) < share)
-    return weight
-
-
-def laplace(*shape: int) -> torch.Tensor:
-    return torch.distributions.Laplace(0.0, 1.0).sample(shape)
-
-
-def absolute(weight: GrinqhTensor, *thresholds: float) -> GrinqhTensor:
-    """Calibrated thresholds are absolute; here all channels weigh the same."""
-    weight.sensitivity.fill_(1)
-    weight.thresholds[0] = torch.tensor(thresholds)
-    weight.thresholds[1] = 0
     return weight
 
 

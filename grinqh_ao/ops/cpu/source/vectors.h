@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -19,7 +19,7 @@ constexpr int LANES = 4;
 #endif
 
 // Sums that fit into registers beside masks and operands.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512BW__) || defined(__aarch64__)
 constexpr int SUMS_IN_REGISTERS = 16;
 #else
 constexpr int SUMS_IN_REGISTERS = 8;
@@ -63,7 +63,7 @@ inline Ints dot(Ints sum, Words codes, Ints multipliers) {
 template <int WORDS>
 inline Words join(const uint32_t* const* lines) {
   if constexpr (WORDS >= LANES) return load<Words>(lines[0]);
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   if constexpr (WORDS == 4) {
     auto part = [&](int i) { return _mm_loadu_si128((const __m128i*)lines[i]); };
     __m512i all = _mm512_castsi128_si512(part(0));
