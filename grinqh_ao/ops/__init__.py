@@ -9,29 +9,27 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grinqh_ao.ops import oracle
-from grinqh_ao.ops.cpu import decode as decode_on_cpu
 from grinqh_ao.ops.cpu import dequantize as dequantize_on_cpu
+from grinqh_ao.ops.cpu.build import kernels as cpu_kernels
 
 _library = torch.library.Library("grinqh", "DEF")
 
-_library.define(
-    "decode_linear(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, Tensor sensitivity, "
-    "Tensor thresholds, Tensor gains, Tensor? bias, Tensor? low, int[] levels) -> Tensor"
-)
-_library.define(
-    "decode_linears(Tensor x, Tensor[] slices, Tensor[] scales, Tensor[] row_scales, "
+_DECODE_OPS = {
+    "decode_linear": "(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, "
+    "Tensor sensitivity, Tensor thresholds, Tensor gains, Tensor? bias, Tensor? low, int[] levels) "
+    "-> Tensor",
+    "decode_linears": "(Tensor x, Tensor[] slices, Tensor[] scales, Tensor[] row_scales, "
     "Tensor[] sensitivities, Tensor[] thresholds, Tensor[] gains, Tensor?[] biases, "
-    "Tensor?[] lows, int[] levels) -> Tensor[]"
-)
-_library.define(
-    "decode_experts(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor row_scale, "
-    "Tensor sensitivity, Tensor thresholds, Tensor gains, int[] levels) -> Tensor"
-)
+    "Tensor?[] lows, int[] levels) -> Tensor[]",
+    "decode_experts": "(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor row_scale, "
+    "Tensor sensitivity, Tensor thresholds, Tensor gains, int[] levels) -> Tensor",
+}
 _library.define(
     "dense_experts(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor row_scale, "
     "Tensor gains, int level) -> Tensor",
@@ -45,18 +43,35 @@ _library.define(
     "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, Tensor? low, "
     "int level, ScalarType dtype) -> Tensor"
 )
+_library.define(  # for CPUs only, into a buffer
+    "dequantize_transposed(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, "
+    "Tensor? low, int level, int stored, Tensor(a!) out) -> ()"
+)
 
-# The oracle is plain PyTorch: it serves every device that has no kernel of its own.
-_library.impl("decode_linear", oracle.decode_linear, "CompositeExplicitAutograd")
-_library.impl("decode_linears", oracle.decode_linears, "CompositeExplicitAutograd")
-_library.impl("decode_experts", oracle.decode_experts, "CompositeExplicitAutograd")
+
+def _define_decode_op(name: str, schema: str) -> None:
+    """Overload "oracle" is plain PyTorch; the op itself is that wherever there is no kernel."""
+    _library.define(name + schema)
+    _library.define(f"{name}.oracle{schema}")
+    op = getattr(torch.ops.grinqh, name)
+    in_plain_pytorch: Callable[..., Any] = getattr(oracle, name)
+
+    def without_kernel(x: Tensor, *rest: Any) -> Any:
+        if x.device.type == "cpu" and cpu_kernels() is not None:  # from now on there is one
+            return op(x, *rest)
+        return in_plain_pytorch(x, *rest)
+
+    _library.impl(name, without_kernel, "CompositeExplicitAutograd")
+    _library.impl(f"{name}.oracle", in_plain_pytorch, "CompositeExplicitAutograd")
+
+
+for _name, _schema in _DECODE_OPS.items():
+    _define_decode_op(_name, _schema)
+
 _library.impl("dense_experts", oracle.dense_experts, "CompositeExplicitAutograd")
 _library.impl("dense_linear", oracle.dense_linear, "CompositeExplicitAutograd")
 _library.impl("dequantize", oracle.dequantize, "CompositeExplicitAutograd")
 
-_library.impl("decode_linear", decode_on_cpu.decode_linear, "CPU")
-_library.impl("decode_linears", decode_on_cpu.decode_linears, "CPU")
-_library.impl("decode_experts", decode_on_cpu.decode_experts, "CPU")
 _library.impl("dense_linear", dequantize_on_cpu.dense_linear, "CPU")
 _library.impl("dequantize", dequantize_on_cpu.dequantize, "CPU")
 

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "source"
@@ -28,6 +30,7 @@ FLAGS = (
 NATIVE = ("-march=native",)
 # Compiled side by side: a file with what is defined for it.
 UNITS = (
+    ("ops.cpp",),
     ("decode.cpp",),
     ("dequantize.cpp",),
     *(("tile.cpp", f"-DLINE_WORDS={w}") for w in (4, 8, 16, 32)),
@@ -38,11 +41,32 @@ class CannotBuild(Exception):
     """There is no compiler, or it failed."""
 
 
+class Kernels:
+    """A compiled library, whose functions are PyTorch's for CPUs from now on.
+
+    Raises:
+        CannotBuild: PyTorch does not take them.
+        OSError: it cannot be loaded.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.grinqh_register.restype = ctypes.c_void_p
+        self._library.grinqh_unregister.argtypes = [ctypes.c_void_p]
+        self._registered = self._library.grinqh_register()
+        if not self._registered:
+            raise CannotBuild(f"PyTorch {torch.__version__} does not take the kernels")
+
+    def unregister(self) -> None:
+        """As if it had not been loaded."""
+        self._library.grinqh_unregister(self._registered)
+
+
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
+def kernels() -> Kernels | None:
     """The kernels, compiled if need be; None where that cannot be done, which is said once."""
     try:
-        return load(cached_library())
+        return Kernels(cached_library())
     except (CannotBuild, OSError) as error:
         warnings.warn(
             "grinqh_ao decodes with plain PyTorch on this CPU, which is slow, for its kernels "
@@ -50,14 +74,6 @@ def kernels() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-
-
-def load(library: Path) -> ctypes.CDLL:
-    """A compiled library, with its functions' arguments declared."""
-    loaded = ctypes.CDLL(str(library))
-    loaded.grinqh_decode.argtypes, loaded.grinqh_decode.restype = [ctypes.c_char_p], ctypes.c_int
-    loaded.grinqh_dequantize.argtypes, loaded.grinqh_dequantize.restype = [ctypes.c_char_p], None
-    return loaded
 
 
 def cached_library() -> Path:
@@ -96,16 +112,20 @@ def compile_library(into: Path, machine: Sequence[str] = NATIVE) -> None:
         CannotBuild: with the compiler's own words.
     """
     compiler = find_compiler()
+    torch_directory = Path(torch.__file__).parent
+    include = f"-I{torch_directory / 'include'}"
     objects = [into.with_suffix(f".{i}.o") for i in range(len(UNITS))]
 
     def compile_unit(i: int) -> None:
         file, *defined = UNITS[i]
-        _run(compiler, *FLAGS, *machine, *defined, "-c", str(SOURCE / file), "-o", str(objects[i]))
+        source = ("-c", str(SOURCE / file), "-o", str(objects[i]))
+        _run(compiler, *FLAGS, *machine, *defined, include, *source)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(compile_unit, range(len(UNITS))))
     # PyTorch's own OpenMP, which is loaded already, serves: both share their threads.
-    _run(compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(into))
+    linked = (f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-fopenmp")
+    _run(compiler, "-shared", *map(str, objects), *linked, "-o", str(into))
 
 
 def find_compiler() -> str:
@@ -128,8 +148,9 @@ def _run(*command: str) -> None:
 
 
 def _key() -> str:
-    """What a compiled library depends on: sources, options and the processor's instructions."""
-    digest = hashlib.sha256(repr((FLAGS, NATIVE, UNITS, platform.machine())).encode())
+    """What a compiled library depends on: sources, options, PyTorch, the processor's instructions."""
+    options = (FLAGS, NATIVE, UNITS, torch.__version__, platform.machine())
+    digest = hashlib.sha256(repr(options).encode())
     for file in sorted(SOURCE.iterdir()):
         digest.update(file.read_bytes())
     cpuinfo = Path("/proc/cpuinfo")

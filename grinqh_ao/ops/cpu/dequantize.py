@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from grinqh_ao.ops import oracle
-from grinqh_ao.ops.cpu.binding import call_fields, pack
 from grinqh_ao.ops.cpu.build import kernels
 from grinqh_ao.slices import FIELDS_PER_WORD
 
@@ -75,30 +74,17 @@ def _blocks(
     dtype: torch.dtype,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Runs of outputs, and their weights [K, outputs]; the next run overwrites them."""
-    loaded = kernels()
-    assert loaded is not None
-    slices, scales, row_scale, gains = (t.contiguous() for t in (slices, scales, row_scale, gains))
-    low = None if low is None else low.contiguous()
     tiles, k = scales.shape[:2]
     lines, words = slices.shape[1:]
     tile, n = words * FIELDS_PER_WORD, row_scale.shape[0]
     stored = 2 * lines // k if low is None else 8  # bits
-    written = torch.float32 if dtype == torch.float16 else dtype
     run = max(1, BLOCK_WEIGHTS // (k * tile))
-    buffer = torch.empty(k * min(run, tiles) * tile, dtype=written)
+    buffer = torch.empty(k * min(run, tiles) * tile, dtype=dtype)
     for first in range(0, tiles, run):
         some = slice(first, min(first + run, tiles))
         rows = slice(first * tile, min(some.stop * tile, n))
-        width = (some.stop - first) * tile
-        call = call_fields(1, 0, k, written, (stored,), level)
-        weight = (
-            0, slices[some].data_ptr(), scales[some].data_ptr(), row_scale[rows].data_ptr(), 0, 0,
-            gains.data_ptr(), 0, 0 if low is None else low.data_ptr(), buffer.data_ptr(),
-            rows.stop - rows.start, lines,
-            words,
-        )  # fmt: skip
-        loaded.grinqh_dequantize(pack((*call, *weight), 1))
-        dense = buffer[: k * width].view(k, width)[:, : rows.stop - rows.start]
-        if dtype == torch.float16:  # rounding up must not turn its largest into infinity
-            dense = dense.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).half()
-        yield rows, dense
+        dense = buffer[: k * (some.stop - first) * tile].view(k, -1)
+        torch.ops.grinqh.dequantize_transposed(
+            slices[some], scales[some], row_scale[rows], gains, low, level, stored, dense
+        )
+        yield rows, dense[:, : rows.stop - rows.start]

@@ -14,37 +14,27 @@ constexpr int64_t LEAST_WORK = 1 << 16;  // weights, in a unit
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
 // sums [rows, tile] -> outputs of a tile
+template <class T>
 void write_tile(const Call& call, const Weight& weight, const Lists& lists, int64_t t,
                 const float* sums) {
   const int64_t tile = weight.tile(), first = t * tile, here = std::min(tile, weight.n - first);
+  const auto* bias = (const T*)weight.bias;
   for (int64_t row = 0; row < call.rows; ++row) {
-    const float unit = lists.unit[row];
+    auto* out = (T*)weight.out + row * weight.n;
     for (int64_t i = 0; i < here; ++i) {
-      const int64_t n = first + i, at = row * weight.n + n;
-      float y = sums[row * tile + i] * from_bfloat16(weight.row_scale[n]) * unit;
-      if (call.bfloat16) {
-        if (weight.bias) y += from_bfloat16(((const uint16_t*)weight.bias)[n]);
-        ((uint16_t*)weight.out)[at] = to_bfloat16(y);
-      } else {
-        if (weight.bias) y += ((const float*)weight.bias)[n];
-        ((float*)weight.out)[at] = y;
-      }
+      const int64_t n = first + i;
+      const float y = sums[row * tile + i] * (float)weight.row_scale[n] * lists.unit[row];
+      out[n] = bias ? y + (float)bias[n] : y;
     }
   }
 }
 
-}  // namespace grinqh
-
-// Returns 1 and writes nothing if activations are not finite: integers cannot express them.
-extern "C" __attribute__((visibility("default"))) int grinqh_decode(const grinqh::Call* packed) {
-  using namespace grinqh;
-  const Call& call = *packed;
-  const Weight* const weights = (const Weight*)(packed + 1);
+bool decode(const Call& call, const Weight* weights, int64_t count) {
   thread_local std::vector<Lists> lists;
   thread_local std::vector<float> partial;
   thread_local std::vector<int64_t> starts;
   int64_t tiles = 0, work = 0;
-  for (int64_t w = 0; w < call.weights; ++w) {
+  for (int64_t w = 0; w < count; ++w) {
     tiles += weights[w].tiles();
     work += weights[w].n * call.k;
   }
@@ -52,9 +42,9 @@ extern "C" __attribute__((visibility("default"))) int grinqh_decode(const grinqh
   parts = std::max<int64_t>(1, std::min(parts, work / tiles / LEAST_WORK));
   const int64_t rows = call.padded_rows();
   starts.assign(1, 0);  // of a weight's sums among all
-  for (int64_t w = 0; w < call.weights; ++w)
+  for (int64_t w = 0; w < count; ++w)
     starts.push_back(starts.back() + weights[w].tiles() * weights[w].tile() * rows * parts);
-  lists.resize(std::max<size_t>(lists.size(), call.weights));
+  lists.resize(std::max<size_t>(lists.size(), count));
   partial.resize(std::max<size_t>(partial.size(), starts.back()));
 
   // Threads have thread_local variables of their own.
@@ -66,7 +56,7 @@ extern "C" __attribute__((visibility("default"))) int grinqh_decode(const grinqh
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t w = 0; w < call.weights; ++w)
+    for (int64_t w = 0; w < count; ++w)
       if (!build_lists(call, weights[w], all_lists[w])) finite = false;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < (finite ? tiles * parts : 0); ++unit) {
@@ -86,8 +76,12 @@ extern "C" __attribute__((visibility("default"))) int grinqh_decode(const grinqh
       float* sums = all_sums + all_starts[w] + t * parts * size;
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
-      write_tile(call, weight, all_lists[w], t, sums);
+      with_type(call.dtype, [&](auto zero) {
+        write_tile<decltype(zero)>(call, weight, all_lists[w], t, sums);
+      });
     }
   }
-  return finite ? 0 : 1;
+  return finite;
 }
+
+}  // namespace grinqh

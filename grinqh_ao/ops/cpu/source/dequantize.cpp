@@ -1,16 +1,23 @@
 // grinqh::dequantize on CPUs, transposed: what it means is written down in ops/oracle.py.
 #include <cmath>
 
-#include "vectors.h"
-#include "weight.h"
+#include "kernels.h"
 
 namespace grinqh {
 namespace {
 
 constexpr int64_t CHANNELS_AT_ONCE = 64;
 
-inline void write(float value, float* to) { *to = value; }
-inline void write(float value, uint16_t* to) { *to = to_bfloat16(value); }
+template <class Out>
+Out rounded(float value) {
+  return value;
+}
+
+template <>
+Half rounded(float value) {  // rounding up must not turn its largest into infinity
+  constexpr float LARGEST = 65504;
+  return std::min(std::max(value, -LARGEST), LARGEST);
+}
 
 // One channel of one tile. row_scale: [tile]; lines: of its slices.
 template <int WORDS, int SLICES, class Out>
@@ -24,7 +31,7 @@ void write_line(const uint32_t* const* lines, const uint8_t* scale_codes, const 
       uint32_t code = 0;
       for (int s = 0; s < SLICES; ++s) code = code << 2 | (lines[s][w] >> (2 * field) & 3);
       const float middle = (float)(int32_t)(2 * code + 1 - CODES) * (1.0f / CODES);
-      write(gain * middle * scale * row_scale[field * WORDS + w], out + field * WORDS + w);
+      out[field * WORDS + w] = rounded<Out>(gain * middle * scale * row_scale[field * WORDS + w]);
     }
   }
 }
@@ -40,12 +47,11 @@ void write_lines(int slices, const uint32_t* const* lines, const uint8_t* scale_
 }
 
 template <int WORDS, class Out>
-void dequantize(const Call& call, const Weight& weight, Out* out) {
+void write_tiles(const Call& call, const Weight& weight, int64_t level, Out* out) {
   constexpr int TILE = WORDS * FIELDS_PER_WORD, GROUPS = TILE / SCALE_GROUP;
   const int64_t k = call.k, tiles = weight.tiles();
   const int64_t blocks = (k + CHANNELS_AT_ONCE - 1) / CHANNELS_AT_ONCE;
   const int high = call.high_lines(), low = call.low_lines();
-  const int level = (int)call.level / 2;
   float scale_of[256] = {};
   for (int code = 1; code < 256; ++code) scale_of[code] = (float)std::exp2((code - 255) / 16.0);
 #pragma omp parallel for num_threads((int)call.threads) schedule(dynamic, 4)
@@ -53,11 +59,11 @@ void dequantize(const Call& call, const Weight& weight, Out* out) {
     const int64_t t = unit / blocks, first = unit % blocks * CHANNELS_AT_ONCE;
     float row_scale[TILE] = {};
     for (int64_t i = 0; i < std::min<int64_t>(TILE, weight.n - t * TILE); ++i)
-      row_scale[i] = from_bfloat16(weight.row_scale[t * TILE + i]);
+      row_scale[i] = weight.row_scale[t * TILE + i];
     const uint32_t* tile = weight.slices + t * weight.lines * WORDS;
     for (int64_t i = first; i < std::min(first + CHANNELS_AT_ONCE, k); ++i) {
       const int64_t place = weight.low ? weight.low[i] : i;
-      const int slices = place < 0 ? std::min(level, high) : level;
+      const int slices = place < 0 ? std::min<int>(level / 2, high) : level / 2;
       const uint32_t* lines[4];
       for (int s = 0; s < slices; ++s)
         lines[s] = tile + (s < high ? i * high + s : k * high + place * low + s - high) * WORDS;
@@ -67,25 +73,18 @@ void dequantize(const Call& call, const Weight& weight, Out* out) {
   }
 }
 
-template <class Out>
-void dequantize(const Call& call, const Weight& weight) {
-  auto* out = (Out*)weight.out;
-  switch (weight.words) {
-    case 4: return dequantize<4>(call, weight, out);
-    case 8: return dequantize<8>(call, weight, out);
-    case 16: return dequantize<16>(call, weight, out);
-    default: return dequantize<32>(call, weight, out);
-  }
-}
-
 }  // namespace
-}  // namespace grinqh
 
-// Writes the weight at call.level, 2 or more, to weight.out [k, tiles * tile], in the call's dtype.
-extern "C" __attribute__((visibility("default"))) void grinqh_dequantize(const grinqh::Call* call) {
-  const auto& weight = *(const grinqh::Weight*)(call + 1);
-  if (call->bfloat16)
-    grinqh::dequantize<uint16_t>(*call, weight);
-  else
-    grinqh::dequantize<float>(*call, weight);
+void dequantize(const Call& call, const Weight& weight, int64_t level) {
+  with_type(call.dtype, [&](auto zero) {
+    auto* out = (decltype(zero)*)weight.out;
+    switch (weight.words) {
+      case 4: return write_tiles<4>(call, weight, level, out);
+      case 8: return write_tiles<8>(call, weight, level, out);
+      case 16: return write_tiles<16>(call, weight, level, out);
+      default: return write_tiles<32>(call, weight, level, out);
+    }
+  });
 }
+
+}  // namespace grinqh

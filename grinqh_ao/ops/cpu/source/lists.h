@@ -12,8 +12,8 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "vectors.h"
-#include "weight.h"
 
 namespace grinqh {
 
@@ -110,13 +110,10 @@ inline bool build_lists(const Call& call, const Weight& weight, Lists& lists) {
   lists.x.resize(rows * k);
   lists.sensitivity.resize(k);
   lists.slices.assign(k, (int32_t)call.levels[0] / 2);
-  if (call.bfloat16) {
-    const auto* from = (const uint16_t*)weight.x;
-    for (int64_t i = 0; i < rows * k; ++i) lists.x[i] = from_bfloat16(from[i]);
-  } else {
-    std::memcpy(lists.x.data(), weight.x, 4 * rows * k);
-  }
-  for (int64_t i = 0; i < k; ++i) lists.sensitivity[i] = from_bfloat16(weight.sensitivity[i]);
+  with_type(call.dtype, [&](auto zero) {
+    std::copy_n((const decltype(zero)*)weight.x, rows * k, lists.x.data());
+  });
+  std::copy_n(weight.sensitivity, k, lists.sensitivity.data());
 
   // Rows share what is read: a channel's level is the highest that any of them asks for.
   for (int64_t row = 0; row < rows; ++row) {

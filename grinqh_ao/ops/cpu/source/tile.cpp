@@ -41,7 +41,7 @@ void add_all_rows(const Call& call, const Weight& weight, const Lists& lists, in
 #define NAME_WITH(words) add_tile_##words
 void NAME_OF(LINE_WORDS)(const Call& call, const Weight& weight, const Lists& lists, int64_t tile,
                     int64_t part, int64_t parts, float* out) {
-  auto* add = call.bfloat16 ? add_all_rows<1> : add_all_rows<2>;
+  auto* add = call.dtype == Dtype::BFLOAT16 ? add_all_rows<1> : add_all_rows<2>;
   add(call, weight, lists, tile, part, parts, out);
 }
 

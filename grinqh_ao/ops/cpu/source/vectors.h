@@ -81,18 +81,4 @@ inline Words join(const uint32_t* const* lines) {
 #endif
 }
 
-inline float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = (uint32_t)bits << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
-inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even, as PyTorch does
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return value == value ? (uint16_t)rounded : 0x7FC0;
-}
-
 }  // namespace grinqh

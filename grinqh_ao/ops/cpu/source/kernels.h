@@ -1,5 +1,8 @@
-// What Python hands over: rows of 64-bit integers that binding.py packs.
+// What the kernels are handed, and the kernels.
 #pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,14 +15,30 @@ constexpr int FIELDS_PER_WORD = 16;  // slices.py
 constexpr int MOST_ROWS = 8;
 constexpr int MOST_LEVELS = 5;
 
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+enum class Dtype { FLOAT32, BFLOAT16, FLOAT16 };
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::FLOAT32 ? 4 : 2; }
+
+// Calls function(T()) for the type T that is meant.
+template <class Function>
+void with_type(Dtype dtype, Function&& function) {
+  if (dtype == Dtype::FLOAT32)
+    function(float());
+  else if (dtype == Dtype::BFLOAT16)
+    function(BFloat16());
+  else
+    function(Half());
+}
+
 struct Call {
-  int64_t weights;
+  Dtype dtype;  // of activations, biases and outputs
   int64_t rows;
   int64_t k;
-  int64_t bfloat16;  // else float32
   int64_t threads;
   int64_t stored;  // bits
-  int64_t level;   // bits, of dequantize
   int64_t num_levels;
   int64_t levels[MOST_LEVELS];
 
@@ -30,16 +49,16 @@ struct Call {
 };
 
 struct Weight {
-  const void* x;                // [rows, k], float32 or bfloat16
+  const void* x;                // [rows, k]
   const uint32_t* slices;       // [tiles, lines, words]
   const uint8_t* scales;        // [tiles, k, tile / 64]
-  const uint16_t* row_scale;    // bfloat16 [n]
-  const uint16_t* sensitivity;  // bfloat16 [k]
+  const BFloat16* row_scale;    // [n]
+  const BFloat16* sensitivity;  // [k]
   const float* thresholds;      // [2, levels - 1]
   const float* gains;           // [4]
-  const void* bias;             // [n] or null, in the type of x
+  const void* bias;             // [n] or null
   const int32_t* low;           // [k] in compact storage, else null
-  void* out;                    // [rows, n], in the type of x
+  void* out;                    // [rows, n]
   int64_t n;
   int64_t lines;
   int64_t words;
@@ -47,5 +66,11 @@ struct Weight {
   int64_t tile() const { return words * FIELDS_PER_WORD; }
   int64_t tiles() const { return (n + tile() - 1) / tile(); }
 };
+
+// Returns false and writes nothing if activations are not finite: integers cannot express them.
+bool decode(const Call& call, const Weight* weights, int64_t count);
+
+// Writes the weight at `level`, transposed, to weight.out [k, tiles * tile].
+void dequantize(const Call& call, const Weight& weight, int64_t level);
 
 }  // namespace grinqh

@@ -1,0 +1,231 @@
+// grinqh::* as PyTorch's dispatcher calls them: no Python lies in between. Only PyTorch's stable ABI
+// is used, whose headers compile in a second.
+//
+// What the kernels do not take (float64, more than 8 rows, activations that are not finite) goes to
+// the oracle: overload "oracle" of the same op.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace grinqh {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using Levels = std::vector<int64_t>;
+
+template <class Result, class... Arguments>
+Result oracle(const char* op, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "oracle", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Result>(stack[0]);
+}
+
+Tensor in_order(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+std::optional<Dtype> dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::FLOAT32;
+    case ScalarType::BFloat16: return Dtype::BFLOAT16;
+    case ScalarType::Half: return Dtype::FLOAT16;
+    default: return std::nullopt;
+  }
+}
+
+// The tensors of a weight [N, K], or of a stack of them, as ops/oracle.py describes them.
+struct Stored {
+  Tensor slices, scales, row_scale, sensitivity, thresholds, gains;
+  Maybe bias = {}, low = {};
+
+  int64_t n() const { return row_scale.size(-1); }
+
+  void make_contiguous(ScalarType dtype) {
+    for (Tensor* t : {&slices, &scales, &row_scale, &sensitivity, &thresholds, &gains})
+      *t = in_order(*t);
+    if (bias) *bias = in_order(bias->scalar_type() == dtype ? *bias : torch::stable::to(*bias, dtype));
+    if (low) *low = in_order(*low);
+  }
+
+  // Where it lies, or where weight number `expert` of a stack lies.
+  Weight at(int64_t expert, const void* x, void* out) const {
+    const auto start = [expert](const Tensor& tensor) {
+      return expert ? expert * (tensor.numel() / tensor.size(0)) : 0;
+    };
+    return {
+        x,
+        (const uint32_t*)slices.const_data_ptr<int32_t>() + start(slices),
+        scales.const_data_ptr<uint8_t>() + start(scales),
+        (const BFloat16*)row_scale.const_data_ptr() + start(row_scale),
+        (const BFloat16*)sensitivity.const_data_ptr() + start(sensitivity),
+        thresholds.const_data_ptr<float>() + start(thresholds),
+        gains.const_data_ptr<float>() + start(gains),
+        bias ? bias->const_data_ptr() : nullptr,
+        low ? low->const_data_ptr<int32_t>() : nullptr,
+        out,
+        n(),
+        slices.size(-2),
+        slices.size(-1),
+    };
+  }
+};
+
+void check_shapes(const Stored& weight, int64_t k) {
+  const int64_t tile = weight.slices.size(-1) * FIELDS_PER_WORD, tiles = weight.slices.size(-3);
+  STD_TORCH_CHECK(weight.scales.size(-2) == k && weight.sensitivity.size(-1) == k,
+                  "x has ", k, " channels, the weight ", weight.scales.size(-2));
+  STD_TORCH_CHECK(weight.scales.size(-3) == tiles && weight.scales.size(-1) * SCALE_GROUP == tile,
+                  "scales do not fit the slices: expected [", tiles, ", ", k, ", ",
+                  tile / SCALE_GROUP, "]");
+  STD_TORCH_CHECK((weight.n() + tile - 1) / tile == tiles, "row_scale of ", weight.n(),
+                  " outputs does not fit ", tiles, " tiles of ", tile);
+}
+
+Call call_of(Dtype dtype, int64_t rows, int64_t k, const Levels& levels) {
+  STD_TORCH_CHECK(!levels.empty() && levels.size() <= MOST_LEVELS, "expected 1 to ", MOST_LEVELS,
+                  " levels");
+  Call call{dtype, rows, k, torch::stable::get_num_threads(), levels.back(), (int64_t)levels.size()};
+  std::copy(levels.begin(), levels.end(), call.levels);
+  return call;
+}
+
+Tensor allocate(std::vector<int64_t> shape, const Tensor& like) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  int32_t dtype;
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+int64_t rows_of(const Tensor& x) {
+  const int64_t k = x.dim() ? x.size(-1) : 0;
+  return k ? x.numel() / k : 0;
+}
+
+// x [..., K] times each weight -> [..., N] each; nothing if the kernels do not take this.
+std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
+                               const Levels& levels) {
+  const auto dtype = dtype_of(given);
+  const int64_t rows = rows_of(given);
+  if (!dtype || rows < 1 || rows > MOST_ROWS) return {};
+  const int64_t k = given.size(-1);
+  const Tensor x = in_order(given);
+  const Call call = call_of(*dtype, rows, k, levels);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  std::vector<Tensor> outs;
+  std::vector<Weight> weights;
+  for (Stored& weight : stored) {
+    if (weight.n() == 0) return {};
+    check_shapes(weight, k);
+    weight.make_contiguous(x.scalar_type());
+    shape.back() = weight.n();
+    outs.push_back(allocate(shape, x));
+    weights.push_back(weight.at(0, x.const_data_ptr(), outs.back().mutable_data_ptr()));
+  }
+  if (!decode(call, weights.data(), weights.size())) return {};
+  return outs;
+}
+
+Tensor decode_linear(const Tensor& x, const Tensor& slices, const Tensor& scales,
+                     const Tensor& row_scale, const Tensor& sensitivity, const Tensor& thresholds,
+                     const Tensor& gains, const Maybe& bias, const Maybe& low,
+                     const Levels& levels) {
+  std::vector<Stored> weight{
+      {slices, scales, row_scale, sensitivity, thresholds, gains, bias, low}};
+  const auto outs = decode_all(x, weight, levels);
+  if (!outs.empty()) return outs[0];
+  return oracle<Tensor>("grinqh::decode_linear", x, slices, scales, row_scale, sensitivity,
+                        thresholds, gains, bias, low, levels);
+}
+
+std::vector<Tensor> decode_linears(
+    const Tensor& x, const std::vector<Tensor>& slices, const std::vector<Tensor>& scales,
+    const std::vector<Tensor>& row_scales, const std::vector<Tensor>& sensitivities,
+    const std::vector<Tensor>& thresholds, const std::vector<Tensor>& gains,
+    const std::vector<Maybe>& biases, const std::vector<Maybe>& lows, const Levels& levels) {
+  std::vector<Stored> weights;
+  for (size_t i = 0; i < slices.size(); ++i)
+    weights.push_back({slices[i], scales.at(i), row_scales.at(i), sensitivities.at(i),
+                       thresholds.at(i), gains.at(i), biases.at(i), lows.at(i)});
+  auto outs = decode_all(x, weights, levels);
+  if (outs.size() == weights.size()) return outs;
+  return oracle<std::vector<Tensor>>("grinqh::decode_linears", x, slices, scales, row_scales,
+                                     sensitivities, thresholds, gains, biases, lows, levels);
+}
+
+Tensor decode_experts(const Tensor& given, const Tensor& experts, const Tensor& slices,
+                      const Tensor& scales, const Tensor& row_scale, const Tensor& sensitivity,
+                      const Tensor& thresholds, const Tensor& gains, const Levels& levels) {
+  const auto left_to_the_oracle = [&] {
+    return oracle<Tensor>("grinqh::decode_experts", given, experts, slices, scales, row_scale,
+                          sensitivity, thresholds, gains, levels);
+  };
+  const auto dtype = dtype_of(given);
+  Stored stack{slices, scales, row_scale, sensitivity, thresholds, gains};
+  if (!dtype || given.numel() == 0 || stack.n() == 0) return left_to_the_oracle();
+  const int64_t tokens = given.size(0), k = given.size(1), n = stack.n();
+  check_shapes(stack, k);
+  stack.make_contiguous(given.scalar_type());
+  const Tensor x = in_order(given), chosen = in_order(experts), out = allocate({tokens, n}, x);
+  const int64_t* numbers = chosen.const_data_ptr<int64_t>();
+  const auto* from = (const char*)x.const_data_ptr();
+  auto* to = (char*)out.mutable_data_ptr();
+  std::vector<Weight> weights;
+  for (int64_t i = 0; i < tokens; ++i) {
+    STD_TORCH_CHECK(0 <= numbers[i] && numbers[i] < slices.size(0), "expert ", numbers[i],
+                    ": expected 0 to ", slices.size(0) - 1);
+    const int64_t bytes = size_of(*dtype);
+    weights.push_back(stack.at(numbers[i], from + i * k * bytes, to + i * n * bytes));
+  }
+  if (!decode(call_of(*dtype, 1, k, levels), weights.data(), tokens)) return left_to_the_oracle();
+  return out;
+}
+
+// The weight at `level`, transposed: to out [K, tiles * tile].
+void dequantize_transposed(const Tensor& slices, const Tensor& scales, const Tensor& row_scale,
+                           const Tensor& gains, const Maybe& low, int64_t level, int64_t stored,
+                           Tensor& out) {
+  const auto dtype = dtype_of(out);
+  const int64_t k = scales.size(1);
+  Stored weight{slices, scales, row_scale, row_scale, gains, gains, {}, low};
+  weight.make_contiguous(out.scalar_type());
+  STD_TORCH_CHECK(dtype && out.is_contiguous() && 0 < level && level <= stored &&
+                      out.numel() == k * slices.size(0) * slices.size(2) * FIELDS_PER_WORD,
+                  "out does not fit the weight");
+  dequantize(call_of(*dtype, 0, k, {stored}), weight.at(0, nullptr, out.mutable_data_ptr()), level);
+}
+
+}  // namespace
+}  // namespace grinqh
+
+// Makes these the ops' kernels for CPUs; returns what grinqh_unregister takes, or null.
+extern "C" __attribute__((visibility("default"))) void* grinqh_register() {
+  using namespace grinqh;
+  TorchLibraryHandle library = nullptr;
+  if (aoti_torch_library_init_impl("grinqh", "CPU", __FILE__, __LINE__, &library)) return nullptr;
+  const auto add = [library](const char* name, auto* function) {
+    return torch_library_impl(library, name, function, TORCH_ABI_VERSION);
+  };
+  const bool failed = add("decode_linear", TORCH_BOX(&decode_linear)) ||
+                      add("decode_linears", TORCH_BOX(&decode_linears)) ||
+                      add("decode_experts", TORCH_BOX(&decode_experts)) ||
+                      add("dequantize_transposed", TORCH_BOX(&dequantize_transposed));
+  if (!failed) return library;
+  aoti_torch_delete_library_object(library);
+  return nullptr;
+}
+
+extern "C" __attribute__((visibility("default"))) void grinqh_unregister(void* library) {
+  aoti_torch_delete_library_object((TorchLibraryHandle)library);
+}
