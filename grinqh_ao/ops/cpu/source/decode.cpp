@@ -53,32 +53,49 @@ bool decode(const Call& call, const Weight* weights, int64_t count) {
   const int64_t* const all_starts = starts.data();
   const int threads = (int)std::max<int64_t>(1, std::min(call.threads, work / WORTH_A_THREAD));
   std::atomic<bool> finite{true};
+  const auto unit_of = [&](int64_t number) {
+    int64_t w = 0, t = number / parts;
+    while (t >= weights[w].tiles()) t -= weights[w++].tiles();
+    return Unit{weights + w, all_lists + w, t, number % parts, parts};
+  };
+  const auto sums_of = [&](const Unit& unit) {
+    return all_sums + all_starts[unit.weight - weights] +
+           (unit.tile * parts + unit.part) * rows * unit.weight->tile();
+  };
+  const auto write = [&](const Unit& unit) {
+    with_type(call.dtype, [&](auto zero) {
+      write_tile<decltype(zero)>(call, *unit.weight, *unit.lists, unit.tile, sums_of(unit));
+    });
+  };
+  std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    // A thread takes the next unit before it begins one, and so can fetch its first lines in time.
+    int64_t number = taken++;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t w = 0; w < count; ++w)
       if (!build_lists(call, weights[w], all_lists[w])) finite = false;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < (finite ? tiles * parts : 0); ++unit) {
-      int64_t w = 0, t = unit / parts;
-      while (t >= weights[w].tiles()) t -= weights[w++].tiles();
-      const Weight& weight = weights[w];
-      const int64_t size = rows * weight.tile();
-      float* sums = all_sums + all_starts[w] + (t * parts + unit % parts) * size;
-      add_tile(weight.words)(call, weight, all_lists[w], t, unit % parts, parts, sums);
+    bool fetched = false;
+    while (finite && number < tiles * parts) {
+      const Unit unit = unit_of(number);
+      number = taken++;
+      const Unit after = unit_of(std::min(number, tiles * parts - 1));
+      const bool fetches = number < tiles * parts && after.weight->words == unit.weight->words;
+      add_tile(unit.weight->words)(call, unit, fetched, fetches ? &after : nullptr, sums_of(unit));
+      fetched = fetches;
+      if (parts == 1) write(unit);
     }
+    if (parts > 1) {
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < (finite ? tiles : 0); ++tile) {
-      int64_t w = 0, t = tile;
-      while (t >= weights[w].tiles()) t -= weights[w++].tiles();
-      const Weight& weight = weights[w];
-      const int64_t size = rows * weight.tile();
-      float* sums = all_sums + all_starts[w] + t * parts * size;
-      for (int64_t part = 1; part < parts; ++part)
-        for (int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
-      with_type(call.dtype, [&](auto zero) {
-        write_tile<decltype(zero)>(call, weight, all_lists[w], t, sums);
-      });
+      for (int64_t tile = 0; tile < (finite ? tiles : 0); ++tile) {
+        const Unit first = unit_of(tile * parts);
+        const int64_t size = rows * first.weight->tile();
+        float* const sums = sums_of(first);
+        for (int64_t part = 1; part < parts; ++part)
+          for (int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
+        write(first);
+      }
     }
   }
   return finite;

@@ -17,60 +17,60 @@
 
 namespace grinqh {
 
-constexpr int BLOCK = 64;  // entries that are multiplied together
-
-struct Entry {
-  uint32_t line;     // of a tile: where the first of the slices is
-  uint32_t channel;  // whose scales count
-};
+constexpr int MOST_IN_A_BLOCK = 128;  // of entries that are multiplied together
 
 struct List {
-  std::vector<Entry> entries;  // [capacity]
-  std::vector<float> factor;   // [capacity]
-  std::vector<float> values;   // [padded rows, capacity]: x * factor, in units of the row
+  std::vector<uint32_t> lines;     // of a tile: where the first of an entry's slices is
+  std::vector<uint32_t> channels;  // whose scales count
+  std::vector<float> values;       // [padded rows, capacity]: x * factor, in units of the row
   int64_t size = 0, capacity = 0;
 
   void reserve(int64_t most, int64_t rows) {
-    capacity = most + BLOCK;  // a block more is read, but does not count
-    if ((int64_t)entries.size() < capacity) {
-      entries.resize(capacity);
-      factor.resize(capacity);
+    capacity = most + 2 * MOST_IN_A_BLOCK;  // a block more is read, but does not count; and vectors are whole
+    if ((int64_t)lines.size() < capacity) {
+      lines.resize(capacity);
+      channels.resize(capacity);
     }
     if ((int64_t)values.size() < rows * capacity) values.resize(rows * capacity);
+    size = 0;
   }
-};
 
-// Where a list is being written.
-struct Writer {
-  Entry* __restrict entry;
-  float* __restrict factor;
+  // x: of each row, in its unit.
+  void append(Chosen chosen, Ints line, Ints channel, const Floats* x, int64_t rows,
+              Floats factor) {
+    chosen.store(lines.data() + size, line);
+    chosen.store(channels.data() + size, channel);
+    for (int64_t row = 0; row < rows; ++row)
+      chosen.store(values.data() + row * capacity + size, x[row] * factor);
+    size += chosen.count();
+  }
 
-  // Always writes and goes on only if `there`: as good as random, a branch would be mispredicted.
-  void add(bool there, uint32_t line, uint32_t channel, float weighs) {
-    *entry = {line, channel};
-    *factor = weighs;
-    entry += there;
-    factor += there;
+  void finish(int64_t rows, int64_t padded_rows) {
+    std::fill_n(lines.data() + size, MOST_IN_A_BLOCK, 0);
+    std::fill_n(channels.data() + size, MOST_IN_A_BLOCK, 0);
+    for (int64_t row = 0; row < padded_rows; ++row) {
+      float* const row_values = values.data() + row * capacity;
+      std::fill(row_values + (row < rows ? size : 0), row_values + size + MOST_IN_A_BLOCK, 0.0f);
+    }
   }
 };
 
 struct Lists {
   List pairs, singles;
   float unit[MOST_ROWS];  // of each row: a power of two, its largest |x| or little less
-  std::vector<float> x;   // [rows, k]
+  // Channels are padded to whole vectors.
+  std::vector<float> x;  // [rows, padded k]
   std::vector<float> sensitivity;
-  std::vector<int32_t> slices;
+  std::vector<int32_t> low;
 };
 
 // Mean of |x| * sensitivity and the largest |x|, in one pass.
 inline void measure(const float* x, const float* sensitivity, int64_t k, float& mean, float& top) {
   Floats sum = {}, largest = {};
-  int64_t i = 0;
-  for (; i + LANES <= k; i += LANES) {
-    const Floats value = load<Floats>(x + i);
-    const Floats magnitude = (Floats)((Words)value & 0x7FFFFFFFu);
-    sum += magnitude * load<Floats>(sensitivity + i);
-    largest = larger(largest, magnitude);
+  for (int64_t i = 0; i < k; i += LANES) {
+    const Floats size = magnitude(load<Floats>(x + i));
+    sum += size * load<Floats>(sensitivity + i);
+    largest = larger_size(largest, size);
   }
   double total = 0;
   top = 0;
@@ -78,94 +78,81 @@ inline void measure(const float* x, const float* sensitivity, int64_t k, float& 
     total += sum[lane];
     top = std::max(top, largest[lane]);
   }
-  for (; i < k; ++i) {
-    const float magnitude = std::fabs(x[i]);
-    total += magnitude * sensitivity[i];
-    top = std::max(top, magnitude);
-  }
   mean = (float)(total / (double)k);
 }
 
-// grading.grade, in slices; where a row asks for more than those before it.
-inline void grade(const float* x, const float* sensitivity, const float* thresholds, float mean,
-                  const Call& call, int32_t* slices) {
-  const int steps = (int)call.num_levels - 1;
-  for (int j = 0; j < steps; ++j) {
-    float threshold = thresholds[j] + (thresholds[steps + j] > 0 ? thresholds[steps + j] * mean : 0);
-    threshold = threshold > FLT_MAX ? FLT_MAX : threshold;
-    const int32_t wanted = (int32_t)call.levels[j + 1] / 2;
-    for (int64_t i = 0; i < call.k; ++i) {
-      const bool above = std::fabs(x[i]) * sensitivity[i] > threshold;
-      const int32_t asked = above ? wanted : 0;
-      slices[i] = slices[i] < asked ? asked : slices[i];
-    }
-  }
+template <class From, class To>
+void copy_padded(const From* from, int64_t size, int64_t padded, To* to) {
+  std::copy_n(from, size, to);
+  std::fill(to + size, to + padded, To());
 }
 
 // False if an activation is not finite, or so large that their sum is not.
 inline bool build_lists(const Call& call, const Weight& weight, Lists& lists) {
-  const int64_t k = call.k, rows = call.rows;
-  for (const void* soon : {(const void*)weight.gains, (const void*)weight.row_scale, weight.bias})
-    __builtin_prefetch(soon);
-  lists.x.resize(rows * k);
-  lists.sensitivity.resize(k);
-  lists.slices.assign(k, (int32_t)call.levels[0] / 2);
+  const int64_t k = call.k, rows = call.rows, padded = (k + LANES - 1) / LANES * LANES;
+  const int steps = (int)call.num_levels - 1;
+  lists.x.resize(rows * padded);
+  lists.sensitivity.resize(padded);
+  lists.low.resize(padded);
   with_type(call.dtype, [&](auto zero) {
-    std::copy_n((const decltype(zero)*)weight.x, rows * k, lists.x.data());
+    for (int64_t row = 0; row < rows; ++row)
+      copy_padded((const decltype(zero)*)weight.x + row * k, k, padded, &lists.x[row * padded]);
   });
-  std::copy_n(weight.sensitivity, k, lists.sensitivity.data());
+  copy_padded(weight.sensitivity, k, padded, lists.sensitivity.data());
+  if (weight.low) copy_padded(weight.low, k, padded, lists.low.data());
 
-  // Rows share what is read: a channel's level is the highest that any of them asks for.
+  Floats thresholds[MOST_ROWS][MOST_LEVELS - 1], inverse[MOST_ROWS];
   for (int64_t row = 0; row < rows; ++row) {
-    const float* x = lists.x.data() + row * k;
     float mean, top;
-    measure(x, lists.sensitivity.data(), k, mean, top);
+    measure(&lists.x[row * padded], lists.sensitivity.data(), k, mean, top);
     if (!(mean <= FLT_MAX)) return false;
-    grade(x, lists.sensitivity.data(), weight.thresholds, mean, call, lists.slices.data());
+    for (int j = 0; j < steps; ++j) {
+      const float relative = weight.thresholds[steps + j];
+      const float threshold = weight.thresholds[j] + (relative > 0 ? relative * mean : 0);
+      thresholds[row][j] = Floats{} + (threshold > FLT_MAX ? FLT_MAX : threshold);
+    }
     // Within these bounds neither the unit nor what it is inverted to overflows.
     const int exponent = top > 0 ? std::min(std::max(std::ilogb(top), -126), 126) : 0;
     lists.unit[row] = std::ldexp(1.0f, exponent);
+    inverse[row] = Floats{} + 1 / lists.unit[row];
   }
 
-  const int64_t high = call.high_lines(), low = call.low_lines();
-  float pair[5], single[5];  // by slices that are read
-  for (int s = 0; s < 5; ++s) {
-    const float gain = s ? weight.gains[s - 1] : 0;
-    pair[s] = gain * 0.125f;
-    single[s] = gain * (s == 1 ? 0.5f : 0.5f / 16);
-  }
-  lists.pairs.reserve(2 * k, call.padded_rows());
-  lists.singles.reserve(k, call.padded_rows());
-  Writer pairs{lists.pairs.entries.data(), lists.pairs.factor.data()};
-  Writer singles{lists.singles.entries.data(), lists.singles.factor.data()};
-  const int32_t* const slices = lists.slices.data();
-  for (int64_t i = 0; i < k; ++i) {
-    int32_t s = slices[i];
-    int64_t place = i;
+  const int high = call.high_lines(), low = call.low_lines();
+  const float* const gains = weight.gains;
+  lists.pairs.reserve(2 * padded, call.padded_rows());
+  lists.singles.reserve(padded, call.padded_rows());
+  for (int64_t i = 0; i < k; i += LANES) {
+    const Ints channel = lane_numbers() + (int32_t)i;
+    // grading.grade, in slices. Rows share what is read: the most that any of them asks for.
+    Ints slices = Ints{} + (int32_t)call.levels[0] / 2;
+    Floats x[MOST_ROWS];
+    for (int64_t row = 0; row < rows; ++row) {
+      x[row] = load<Floats>(&lists.x[row * padded + i]);
+      const Floats size = magnitude(x[row]) * load<Floats>(&lists.sensitivity[i]);
+      for (int j = 0; j < steps; ++j)
+        slices = larger(slices, (size > thresholds[row][j]) & (int32_t)call.levels[j + 1] / 2);
+      x[row] *= inverse[row];
+    }
+    Ints place = channel;
     if (weight.low) {
-      place = weight.low[i];
-      s = place < 0 ? std::min(s, HIGH_SLICES) : s;
+      place = load<Ints>(&lists.low[i]);
+      slices = (place < 0) & (slices > HIGH_SLICES) ? Ints{} + HIGH_SLICES : slices;
     }
-    const auto high_line = (uint32_t)(i * high), low_line = (uint32_t)(k * high + place * low);
-    pairs.add(s >= 2, high_line, i, pair[s]);
-    pairs.add(s == 4, low_line, i, pair[s] / 16);
-    singles.add(s & 1, s == 1 ? high_line : low_line, i, single[s]);
+    slices &= channel < (int32_t)k;
+    const Ints high_line = channel * high, low_line = (int32_t)k * high + place * low;
+    const auto gain = [&](Ints read) {
+      const Floats upper = read == 4 ? Floats{} + gains[3] : Floats{} + gains[2];
+      return read <= 2 ? (read == 2 ? Floats{} + gains[1] : Floats{} + gains[0]) : upper;
+    };
+    const Floats factor = gain(slices);
+    lists.pairs.append(Chosen(slices >= 2), high_line, channel, x, rows, factor * 0.125f);
+    lists.pairs.append(Chosen(slices == 4), low_line, channel, x, rows, factor * (0.125f / 16));
+    const Ints alone = slices == 1;
+    lists.singles.append(Chosen((slices & 1) == 1), alone ? high_line : low_line, channel, x, rows,
+                         factor * (alone ? Floats{} + 0.5f : Floats{} + 0.5f / 16));
   }
-  lists.pairs.size = pairs.entry - lists.pairs.entries.data();
-  lists.singles.size = singles.entry - lists.singles.entries.data();
-
-  for (List* list : {&lists.pairs, &lists.singles}) {
-    std::fill_n(list->entries.data() + list->size, BLOCK, Entry{});
-    for (int64_t row = 0; row < call.padded_rows(); ++row) {
-      const float* const x = lists.x.data() + row * k;
-      float* const values = list->values.data() + row * list->capacity;
-      const float inverse = row < rows ? 1 / lists.unit[row] : 0;
-      const int64_t size = row < rows ? list->size : 0;
-      for (int64_t e = 0; e < size; ++e)
-        values[e] = x[list->entries[e].channel] * inverse * list->factor[e];
-      std::fill_n(values + size, list->size - size + BLOCK, 0.0f);
-    }
-  }
+  lists.pairs.finish(rows, call.padded_rows());
+  lists.singles.finish(rows, call.padded_rows());
   return true;
 }
 

@@ -10,7 +10,7 @@
 // float32.
 #pragma once
 
-#include "lists.h"
+#include "tile.h"
 
 namespace grinqh {
 
@@ -27,102 +27,124 @@ struct Shape {
   static constexpr int COLUMNS = WORDS < LANES ? 1 : WORDS / LANES;
   // Entries that are multiplied at once: CHANNELS in the low halves of lanes, as many in the high.
   static constexpr int STEP = 2 * CHANNELS;
+  // Entries that are multiplied together, and fetched together from memory.
+  static constexpr int BLOCK = CHANNELS > 1 ? 128 : 64;
+  static_assert(BLOCK <= MOST_IN_A_BLOCK);
+  // In which lines are fetched: two in each column. Short lines are few, and come at once.
+  static constexpr int PASSES = CHANNELS > 1 ? 1 : 2 * COLUMNS;
   // Of a row. Where a vector holds several channels, the lanes of each have sums of their own.
   using Sums = float[FIELDS_PER_WORD][WORDS * CHANNELS];
 };
 
-// What a block of entries is multiplied with: integers in units of the largest of their group.
-template <int WORDS, int ROWS, int PARTS>
-struct Multipliers {
-  using S = Shape<WORDS>;
-  // [steps, groups] of one lane, or of a vector where that holds several channels
-  static constexpr int INTS = S::CHANNELS > 1 ? LANES : 1;
-  alignas(64) int32_t ints[ROWS][PARTS][BLOCK / S::STEP * S::GROUPS * INTS];
-  float unit[ROWS][S::GROUPS];
-  float total[ROWS][S::GROUPS];  // of a group's integers
+// 2 ** (i / 16)
+alignas(64) constexpr float ROOTS[16] = {
+    1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+    1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+    1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f,
 };
 
 // 2 ** ((code - 255) / 16), and 0 for code 0: codec.decode_scales.
 inline Floats decode_scales(const uint8_t* codes) {
-  Ints code;
-  for (int i = 0; i < LANES; ++i) code[i] = codes[i];
-  const Floats f = to_floats((code + 1) & 15) * (1.0f / 16);
-  Floats power = f * 2.1232337e-4f + 1.2562437e-3f;  // 2 ** f, to half a unit in the last place
-  power = power * f + 9.6669057e-3f;
-  power = power * f + 5.5488668e-2f;
-  power = power * f + 2.4022876e-1f;
-  power = power * f + 6.9314706e-1f;
-  power = power * f + 1.0f;
+  const Ints code = from_bytes(codes);
   const Ints octave = ((code + 1) >> 4) - 16;
-  return (Floats)(((Ints)power + (octave << 23)) & (code > 0));
+  return (Floats)(((Ints)look_up(ROOTS, code + 1) + (octave << 23)) & (code > 0));
+}
+
+// What a block of entries is multiplied with: integers in units of the largest of their group. Each
+// word has those of an entry of the low halves of lanes, and of its partner in the high halves.
+template <int WORDS, int ROWS, int PARTS>
+struct Multipliers {
+  using S = Shape<WORDS>;
+  static constexpr int G = S::GROUPS;
+  static constexpr int PERIOD = std::max(G, LANES);  // of groups among vectors of [entry, group]
+  alignas(64) int32_t ints[ROWS][PARTS][S::BLOCK / 2 * G + LANES];  // [pairs of entries, groups]
+  alignas(64) float unit[ROWS][PERIOD];
+  alignas(64) float total[ROWS][PERIOD];  // of a group's integers
+
+  // For a step of entries and one group of outputs.
+  Ints at(int row, int part, int step, int group) const {
+    const int32_t* const from = ints[row][part] + step * S::CHANNELS * G + group;
+    if constexpr (S::CHANNELS == 1) return Ints{} + *from;
+    return permute(load<Ints>(from), lane_numbers() / WORDS * G);
+  }
+};
+
+// Of a block's entries, the first half is multiplied in the low halves of lanes, the rest in the
+// high ones: how many there are in a half, a whole number of steps.
+template <int WORDS>
+constexpr int half_of(int size) {
+  using S = Shape<WORDS>;
+  return (size + S::STEP - 1) / S::STEP * S::CHANNELS;
 }
 
 template <int WORDS, int ROWS, int PARTS>
 void multiply_scales(const List& list, int64_t first, int size, int64_t first_row,
                      const uint8_t* scales, Multipliers<WORDS, ROWS, PARTS>& out) {
-  using S = Shape<WORDS>;
-  constexpr int G = S::GROUPS, C = S::CHANNELS;
-  constexpr int PERIOD = std::max(G, LANES);  // of groups among vectors of [entry, group]
+  constexpr int G = out.G, PERIOD = out.PERIOD, VECTORS = PERIOD / LANES;
+  constexpr int SPACE = Shape<WORDS>::BLOCK / 2 * G + PERIOD;
   constexpr float TOP = (1 << PART_BITS) - 1;
   constexpr float NOTHING = 1e-30f;  // beside the row's largest x, which is 1 or more
   constexpr float WHOLE = 3 << 22;   // added and subtracted, rounds to a whole number
-  const int steps = (size + S::STEP - 1) / S::STEP;
-  const int values = (steps * S::STEP * G + PERIOD - 1) / PERIOD * PERIOD;
-  alignas(64) uint8_t codes[BLOCK * G];
-  alignas(64) float scale[BLOCK * G], value[BLOCK * G];
-  alignas(64) int32_t whole[PARTS][BLOCK * G];
+  const int entries = half_of<WORDS>(size), values = entries * G;
+  alignas(64) uint8_t codes[2][SPACE] = {};
+  alignas(64) float scale[2][SPACE], value[2][SPACE];
 
-  for (int e = 0; e < size; ++e)
-    std::memcpy(codes + e * G, scales + (int64_t)list.entries[first + e].channel * G, G);
-  std::memset(codes + size * G, 0, values - size * G);  // what fills a step up counts nothing
-  for (int i = 0; i < values; i += LANES) store(scale + i, decode_scales(codes + i));
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t* const channels = list.channels.data() + first + half * entries;
+    for (int i = 0; i < entries; ++i) {
+      int64_t at = (int64_t)channels[i] * G;
+      asm("" : "+r"(at));  // compilers would use instructions that gather, which are slower
+      std::memcpy(codes[half] + i * G, scales + at, G);
+    }
+  }
+  for (int half = 0; half < 2; ++half)
+    for (int i = 0; i < values; i += LANES) store(scale[half] + i, decode_scales(codes[half] + i));
 
   for (int r = 0; r < ROWS; ++r) {
     const float* const x = list.values.data() + (first_row + r) * list.capacity + first;
-    for (int e = 0; e < values / G; ++e)
-      for (int g = 0; g < G; ++g) value[e * G + g] = x[e];
-    alignas(64) float largest[PERIOD] = {}, inverse[PERIOD];
-    for (int i = 0; i < values; i += PERIOD) {
-      for (int p = 0; p < PERIOD; p += LANES) {
-        const Floats v = load<Floats>(value + i + p) * load<Floats>(scale + i + p);
-        store(value + i + p, v);
-        store(largest + p, larger(load<Floats>(largest + p), (Floats)((Ints)v & 0x7FFFFFFF)));
+    Floats largest[VECTORS] = {}, inverse[VECTORS], total[VECTORS] = {};
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < values; i += PERIOD) {
+        for (int v = 0; v < VECTORS; ++v) {
+          const int at = i + v * LANES, entry = half * entries + at / G;
+          const Ints among = lane_numbers() / G;
+          const Floats each = permute(load<Floats>(x + entry), among);
+          // What fills a step up counts nothing.
+          const Floats product = entry + among < std::min(size, (half + 1) * entries)
+                                     ? each * load<Floats>(scale[half] + at)
+                                     : Floats{};
+          store(value[half] + at, product);
+          largest[v] = larger_size(largest[v], magnitude(product));
+        }
       }
     }
-    for (int half = PERIOD / 2; half >= G; half /= 2)
-      for (int i = 0; i < half; ++i) largest[i] = std::max(largest[i], largest[i + half]);
-    for (int g = 0; g < G; ++g) inverse[g] = largest[g] > NOTHING ? TOP / largest[g] : 0;
-    for (int i = G; i < PERIOD; ++i) inverse[i] = inverse[i - G];
-
-    alignas(64) float total[PARTS][PERIOD] = {};
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int width = LANES / 2; width >= G; width /= 2)
+        largest[v] = larger_size(largest[v], permute(largest[v], lane_numbers() + width));
+      inverse[v] = largest[v] > NOTHING ? TOP / largest[v] : Floats{};
+      store(out.unit[r] + v * LANES, largest[v] * (1 / TOP));
+    }
     for (int i = 0; i < values; i += PERIOD) {
-      for (int p = 0; p < PERIOD; p += LANES) {
-        Floats rest = load<Floats>(value + i + p) * load<Floats>(inverse + p);
+      for (int v = 0; v < VECTORS; ++v) {
+        const int at = i + v * LANES;
+        Floats low = load<Floats>(value[0] + at) * inverse[v];
+        Floats high = load<Floats>(value[1] + at) * inverse[v];
+        float place = 1;
         for (int part = 0; part < PARTS; ++part) {
-          const Floats rounded = (rest + WHOLE) - WHOLE;
-          store(whole[part] + i + p, __builtin_convertvector(rounded, Ints));
-          store(total[part] + p, load<Floats>(total[part] + p) + rounded);
-          rest = (rest - rounded) * (float)(1 << PART_BITS);
+          const Floats whole_low = (low + WHOLE) - WHOLE, whole_high = (high + WHOLE) - WHOLE;
+          total[v] += (whole_low + whole_high) * place;
+          store(out.ints[r][part] + at, (__builtin_convertvector(whole_high, Ints) << 16) |
+                                            (__builtin_convertvector(whole_low, Ints) & 0xFFFF));
+          low = (low - whole_low) * (float)(1 << PART_BITS);
+          high = (high - whole_high) * (float)(1 << PART_BITS);
+          place /= 1 << PART_BITS;
         }
       }
     }
-    for (int part = 0; part < PARTS; ++part)
-      for (int i = G; i < PERIOD; ++i) total[part][i % G] += total[part][i];
-    for (int g = 0; g < G; ++g) {
-      out.unit[r][g] = largest[g] / TOP;
-      out.total[r][g] = total[0][g] + (PARTS == 2 ? total[PARTS - 1][g] / (1 << PART_BITS) : 0);
-    }
-    for (int part = 0; part < PARTS; ++part) {
-      for (int step = 0; step < steps; ++step) {
-        for (int c = 0; c < C; ++c) {
-          const int32_t* const low = whole[part] + (step * S::STEP + c) * G;
-          const int32_t* const high = low + C * G;
-          int32_t* const into = out.ints[r][part] + step * G * out.INTS + c * (C > 1 ? WORDS : 0);
-          for (int g = 0; g < G; ++g)
-            for (int w = 0; w < (C > 1 ? WORDS : 1); ++w)
-              into[g * out.INTS + w] = (int32_t)((uint32_t)high[g] << 16) | (low[g] & 0xFFFF);
-        }
-      }
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int width = LANES / 2; width >= G; width /= 2)
+        total[v] += permute(total[v], lane_numbers() + width);
+      store(out.total[r] + v * LANES, total[v]);
     }
   }
 }
@@ -139,18 +161,28 @@ inline Words odd_nibbles(Words upper, Words lower) {
 inline Words low_halves(Words a, Words b) { return (a & 0xFFFFu) | (b << 16); }
 inline Words high_halves(Words a, Words b) { return (a >> 16) | (b & 0xFFFF0000u); }
 
-// Fetches one column's share of an entry's lines, and with the first its scales, into the
-// second-level cache: the first-level one has too few places for misses.
-template <int WORDS>
-inline void prefetch(const uint32_t* tile, const uint8_t* scales, Entry entry, int column,
-                     int bytes) {
-  using S = Shape<WORDS>;
-  const auto* line = (const char*)(tile + (int64_t)entry.line * WORDS);
-  const int share = bytes / S::COLUMNS;
-  for (int at = 0; at < share; at += 64) __builtin_prefetch(line + column * share + at, 0, 2);
-  if (column == 0 && S::GROUPS > 1)
-    __builtin_prefetch(scales + (int64_t)entry.channel * S::GROUPS, 0, 2);
-}
+// Entries that will be multiplied, and of which tile.
+struct Ahead {
+  const List* list;
+  int64_t first;
+  const uint32_t* tile;
+  const uint8_t* scales;
+
+  // Fetches one pass's share of an entry's lines, and with the first its scales, into the
+  // second-level cache. Cores can wait for only some 20 lines at a time, and stop when they want
+  // more; so fetching is spread evenly over the work. (GCC takes what only prefetches for a function
+  // without effects, and leaves it out if it is not inlined early.)
+  template <int WORDS, int LINES, int PASS>
+  __attribute__((always_inline)) void fetch(int64_t entry) const {
+    constexpr int BYTES = 4 * WORDS * LINES, PASSES = Shape<WORDS>::PASSES;
+    const auto* line = (const char*)(tile + (int64_t)list->lines[first + entry] * WORDS);
+#pragma GCC unroll 8
+    for (int at = 0; at < BYTES; at += 64)
+      if (at * PASSES / BYTES == PASS) __builtin_prefetch(line + at, 0, 2);
+    if (PASS == 0 && Shape<WORDS>::GROUPS > 1)
+      __builtin_prefetch(scales + (int64_t)list->channels[first + entry] * Shape<WORDS>::GROUPS, 0, 2);
+  }
+};
 
 // One column of a block's words, as they are multiplied. Fields are in the order in which they lie
 // there: of singles 0, 1, .. 15, of pairs 0, 2, .. 14, 1, 3, .. 15.
@@ -160,19 +192,19 @@ struct Halves {
   static constexpr int BITS = PAIRS ? 4 : 2;
   static constexpr int VECTORS = PAIRS ? 4 : 2;
   static constexpr int FIELDS = FIELDS_PER_WORD / VECTORS;  // of a vector
-  Words words[BLOCK / S::STEP][VECTORS];
+  Words words[S::BLOCK / S::STEP][VECTORS];
 
   static constexpr int field(int i) { return PAIRS ? i % 8 * 2 + i / 8 : i; }
 
-  // On the way a part of the next block's lines is fetched: `next` of them.
-  void gather(const Entry* entries, int size, const uint32_t* tile, const uint8_t* scales,
-              int column, const Entry* next, int next_bytes) {
+  template <int NEXT_LINES>
+  void gather(const Ahead& now, int size, int column, const Ahead& next) {
+    const int half = half_of<WORDS>(size);
     for (int step = 0; step * S::STEP < size; ++step) {
       const uint32_t* lines[S::STEP];
       for (int c = 0; c < S::STEP; ++c) {
-        const int e = step * S::STEP + c;
-        lines[c] = tile + (int64_t)entries[e].line * WORDS + column * LANES;
-        prefetch<WORDS>(tile, scales, next[e], column, next_bytes);
+        const int entry = step * S::CHANNELS + c % S::CHANNELS + (c < S::CHANNELS ? 0 : half);
+        lines[c] = now.tile + (int64_t)now.list->lines[now.first + entry] * WORDS + column * LANES;
+        if constexpr (S::PASSES == 1) next.fetch<WORDS, NEXT_LINES, 0>(entry);
       }
       const Words a = join<WORDS>(lines), b = join<WORDS>(lines + S::CHANNELS);
       if constexpr (PAIRS) {
@@ -189,20 +221,28 @@ struct Halves {
         words[step][1] = high_halves(a, b);
       }
     }
+    if constexpr (S::PASSES == 1)
+      for (int e = 2 * half; e < S::BLOCK; ++e) next.fetch<WORDS, NEXT_LINES, 0>(e);
   }
 };
 
-// Adds FIELDS of each word from FIRST on to sums [ROWS][fields][words], in lanes as they come.
-template <int WORDS, int ROWS, int PARTS, bool PAIRS, int FIRST, int FIELDS>
+// Adds FIELDS of each word from FIRST on to sums [ROWS][fields][words], in lanes as they come. On the
+// way a part of the lines of the block that comes next is fetched.
+template <int WORDS, int ROWS, int PARTS, bool PAIRS, int NEXT_LINES, int COLUMN, int FIRST, int FIELDS>
 void add_fields(const Halves<WORDS, PAIRS>& halves, int size,
-                const Multipliers<WORDS, ROWS, PARTS>& multipliers, int column,
+                const Multipliers<WORDS, ROWS, PARTS>& multipliers, const Ahead& next,
                 typename Shape<WORDS>::Sums* sums) {
   using S = Shape<WORDS>;
   using H = Halves<WORDS, PAIRS>;
-  constexpr int G = S::GROUPS, INTS = multipliers.INTS, PER_BYTE = H::FIELDS / 2;
+  constexpr int PER_BYTE = H::FIELDS / 2;
+  constexpr int PASS = S::PASSES == 1 || FIRST % 8 ? -1 : COLUMN * 2 + FIRST / 8;
   constexpr Words MASK = Words{} + ((0x10001u << H::BITS) - 0x10001u);
   Ints sum[ROWS][PARTS][FIELDS] = {};
   for (int step = 0; step * S::STEP < size; ++step) {
+    if constexpr (PASS >= 0) {
+#pragma GCC unroll 8
+      for (int e = 0; e < S::STEP; ++e) next.fetch<WORDS, NEXT_LINES, PASS>(step * S::STEP + e);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < FIELDS; ++i) {
       const int place = (FIRST + i) % H::FIELDS;
@@ -212,12 +252,14 @@ void add_fields(const Halves<WORDS, PAIRS>& halves, int size,
       const int g = H::field(FIRST + i) * WORDS / SCALE_GROUP;
 #pragma GCC unroll 8
       for (int rp = 0; rp < ROWS * PARTS; ++rp) {
-        const int32_t* const ints = multipliers.ints[rp / PARTS][rp % PARTS] + (step * G + g) * INTS;
         auto& into = sum[rp / PARTS][rp % PARTS][i];
-        into = dot(into, code, INTS == 1 ? Ints{} + *ints : load<Ints>(ints));
+        into = dot(into, code, multipliers.at(rp / PARTS, rp % PARTS, step, g));
       }
     }
   }
+  if constexpr (PASS >= 0)
+    for (int e = (size + S::STEP - 1) / S::STEP * S::STEP; e < S::BLOCK; ++e)
+      next.fetch<WORDS, NEXT_LINES, PASS>(e);
   for (int i = 0; i < FIELDS; ++i) {
     const int field = H::field(FIRST + i), g = field * WORDS / SCALE_GROUP;
     const float place = 1 / (float)(1 << (H::BITS * ((FIRST + i) % PER_BYTE)));
@@ -226,63 +268,92 @@ void add_fields(const Halves<WORDS, PAIRS>& halves, int size,
       Floats total = to_floats(sum[r][0][i]);
       if constexpr (PARTS == 2) total += to_floats(sum[r][1][i]) * (1.0f / (1 << PART_BITS));
       const float offset = MIDDLE / S::CHANNELS * multipliers.total[r][g];
-      float* at = sums[r][field] + column * LANES;
+      float* at = sums[r][field] + COLUMN * LANES;
       store(at, load<Floats>(at) + (total * place - offset) * multipliers.unit[r][g]);
     }
   }
 }
 
-template <int WORDS, int ROWS, int PARTS, bool PAIRS, int FIRST = 0>
+template <int WORDS, int ROWS, int PARTS, bool PAIRS, int NEXT_LINES, int COLUMN, int FIRST = 0>
 void add_all_fields(const Halves<WORDS, PAIRS>& halves, int size,
-                    const Multipliers<WORDS, ROWS, PARTS>& multipliers, int column,
+                    const Multipliers<WORDS, ROWS, PARTS>& multipliers, const Ahead& next,
                     typename Shape<WORDS>::Sums* sums) {
   constexpr int FIELDS = std::min(SUMS_IN_REGISTERS / (ROWS * PARTS), 8);
-  add_fields<WORDS, ROWS, PARTS, PAIRS, FIRST, FIELDS>(halves, size, multipliers, column, sums);
+  add_fields<WORDS, ROWS, PARTS, PAIRS, NEXT_LINES, COLUMN, FIRST, FIELDS>(halves, size, multipliers, next, sums);
   if constexpr (FIRST + FIELDS < FIELDS_PER_WORD)
-    add_all_fields<WORDS, ROWS, PARTS, PAIRS, FIRST + FIELDS>(halves, size, multipliers, column, sums);
+    add_all_fields<WORDS, ROWS, PARTS, PAIRS, NEXT_LINES, COLUMN, FIRST + FIELDS>(halves, size, multipliers, next, sums);
 }
 
-// Adds a block of a list; `next` are the entries of the one that follows.
-template <int WORDS, int ROWS, int PARTS, bool PAIRS>
-void add_block(const List& list, int64_t first, int size, const Entry* next, int next_bytes,
-               int64_t first_row, const uint32_t* tile, const uint8_t* scales,
+template <int WORDS, int ROWS, int PARTS, bool PAIRS, int NEXT_LINES, int COLUMN = 0>
+void add_columns(const Ahead& now, int size, const Multipliers<WORDS, ROWS, PARTS>& multipliers,
+                 const Ahead& next, typename Shape<WORDS>::Sums* sums) {
+  Halves<WORDS, PAIRS> halves;
+  halves.template gather<NEXT_LINES>(now, size, COLUMN, next);
+  add_all_fields<WORDS, ROWS, PARTS, PAIRS, NEXT_LINES, COLUMN>(halves, size, multipliers, next, sums);
+  if constexpr (COLUMN + 1 < Shape<WORDS>::COLUMNS)
+    add_columns<WORDS, ROWS, PARTS, PAIRS, NEXT_LINES, COLUMN + 1>(now, size, multipliers, next, sums);
+}
+
+// Adds a block of a list.
+template <int WORDS, int ROWS, int PARTS, bool PAIRS, int NEXT_LINES>
+void add_block(const Ahead& now, int size, const Ahead& next, int64_t first_row,
                typename Shape<WORDS>::Sums* sums) {
   Multipliers<WORDS, ROWS, PARTS> multipliers;
-  Halves<WORDS, PAIRS> halves;
-  multiply_scales(list, first, size, first_row, scales, multipliers);
-  for (int column = 0; column < Shape<WORDS>::COLUMNS; ++column) {
-    halves.gather(list.entries.data() + first, size, tile, scales, column, next, next_bytes);
-    add_all_fields(halves, size, multipliers, column, sums);
-  }
+  multiply_scales(*now.list, now.first, size, first_row, now.scales, multipliers);
+  add_columns<WORDS, ROWS, PARTS, PAIRS, NEXT_LINES>(now, size, multipliers, next, sums);
 }
 
-// Adds one of `parts` equal parts of both lists.
+// All passes' shares at once.
+template <int WORDS, int PASS = 0>
+__attribute__((always_inline)) inline void fetch_all(const Ahead& pairs, int64_t entry) {
+  pairs.fetch<WORDS, 2, PASS>(entry);
+  if constexpr (PASS + 1 < Shape<WORDS>::PASSES) fetch_all<WORDS, PASS + 1>(pairs, entry);
+}
+
+// How many entries of `size` a block has: blocks are alike, so that none is too short to fetch the
+// next one in its time.
+template <int WORDS>
+int64_t block_size(int64_t size) {
+  using S = Shape<WORDS>;
+  const int64_t blocks = (size + S::BLOCK - 1) / S::BLOCK;
+  const int64_t each = blocks ? (size + blocks - 1) / blocks : 0;
+  return (each + S::STEP - 1) / S::STEP * S::STEP;
+}
+
 template <int WORDS, int ROWS, int PARTS>
-void add_products(const Lists& lists, int64_t part, int64_t parts, int64_t first_row,
-                  const uint32_t* tile, const uint8_t* scales, typename Shape<WORDS>::Sums* sums) {
-  constexpr int LINE = 4 * WORDS;  // bytes
-  const List &pairs = lists.pairs, &singles = lists.singles;
-  int64_t pair = pairs.size * part / parts, single = singles.size * part / parts;
-  const int64_t last_pair = pairs.size * (part + 1) / parts;
-  const int64_t last_single = singles.size * (part + 1) / parts;
-  const Entry* const first_singles = singles.entries.data() + single;
-  for (int e = 0; e < BLOCK; ++e)
-    for (int column = 0; column < Shape<WORDS>::COLUMNS; ++column)
-      prefetch<WORDS>(tile, scales, pairs.entries[pair + e], column, 2 * LINE);
-  while (pair < last_pair) {
-    const int size = (int)std::min<int64_t>(BLOCK, last_pair - pair);
-    const bool more = pair + size < last_pair;
-    const Entry* next = more ? pairs.entries.data() + pair + size : first_singles;
-    add_block<WORDS, ROWS, PARTS, true>(pairs, pair, size, next, more ? 2 * LINE : LINE, first_row,
-                                        tile, scales, sums);
-    pair += size;
+void add_products(const Call& call, const Unit& unit, bool fetched, const Unit* next_unit,
+                  int64_t first_row, typename Shape<WORDS>::Sums* sums) {
+  const auto start = [&](const Unit& of, bool pairs) {
+    const List& list = pairs ? of.lists->pairs : of.lists->singles;
+    return Ahead{&list, Unit::start(list, of.part, of.parts), of.lines(), of.scales(call.k)};
+  };
+  Ahead pairs = start(unit, true), singles = start(unit, false);
+  const Ahead after = next_unit ? start(*next_unit, true) : singles;
+  const int64_t last_pair = Unit::start(*pairs.list, unit.part + 1, unit.parts);
+  const int64_t last_single = Unit::start(*singles.list, unit.part + 1, unit.parts);
+  const int64_t pairs_at_once = block_size<WORDS>(last_pair - pairs.first);
+  const int64_t singles_at_once = block_size<WORDS>(last_single - singles.first);
+  if (!fetched)
+    for (int e = 0; e < Shape<WORDS>::BLOCK; ++e) fetch_all<WORDS>(pairs, e);
+  while (pairs.first < last_pair) {
+    const int size = (int)std::min(pairs_at_once, last_pair - pairs.first);
+    Ahead next = pairs;
+    next.first += size;
+    if (next.first < last_pair)
+      add_block<WORDS, ROWS, PARTS, true, 2>(pairs, size, next, first_row, sums);
+    else
+      add_block<WORDS, ROWS, PARTS, true, 1>(pairs, size, singles, first_row, sums);
+    pairs = next;
   }
-  while (single < last_single) {
-    const int size = (int)std::min<int64_t>(BLOCK, last_single - single);
-    const Entry* next = singles.entries.data() + single + size;
-    add_block<WORDS, ROWS, PARTS, false>(singles, single, size, next, LINE, first_row, tile, scales,
-                                         sums);
-    single += size;
+  while (singles.first < last_single) {
+    const int size = (int)std::min(singles_at_once, last_single - singles.first);
+    Ahead next = singles;
+    next.first += size;
+    if (next.first < last_single)
+      add_block<WORDS, ROWS, PARTS, false, 1>(singles, size, next, first_row, sums);
+    else
+      add_block<WORDS, ROWS, PARTS, false, 2>(singles, size, after, first_row, sums);
+    singles = next;
   }
 }
 

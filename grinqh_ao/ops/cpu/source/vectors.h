@@ -43,7 +43,88 @@ inline void store(void* to, Vector vector) {
 
 inline Floats to_floats(Ints integers) { return __builtin_convertvector(integers, Floats); }
 
-inline Floats larger(Floats a, Floats b) { return b > a ? b : a; }
+// LANES bytes, without a sign. (GCC converts vectors of bytes one by one.)
+inline Ints from_bytes(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  return (Ints)_mm512_cvtepu8_epi32(load<__m128i>(bytes));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+#else
+  Ints integers;
+  for (int lane = 0; lane < LANES; ++lane) integers[lane] = bytes[lane];
+  return integers;
+#endif
+}
+
+inline Ints larger(Ints a, Ints b) { return b > a ? b : a; }
+inline Floats magnitude(Floats a) { return (Floats)((Words)a & 0x7FFFFFFFu); }
+// Of values that are not negative; they are in the order of their bits.
+inline Floats larger_size(Floats a, Floats b) { return (Floats)larger((Ints)a, (Ints)b); }
+
+inline Ints lane_numbers() {
+  Ints numbers = {};
+  for (int lane = 0; lane < LANES; ++lane) numbers[lane] = lane;
+  return numbers;
+}
+
+// Lane i is vector[places[i] % LANES].
+template <class Vector>
+inline Vector permute(Vector vector, Ints places) {
+#if defined(__AVX512BW__)
+  return (Vector)_mm512_permutexvar_epi32((__m512i)places, (__m512i)vector);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_permutevar8x32_epi32((__m256i)vector, (__m256i)places);
+#else
+  Vector out;
+  for (int lane = 0; lane < LANES; ++lane) out[lane] = vector[places[lane] % LANES];
+  return out;
+#endif
+}
+
+// table[places[i] % 16] in lane i
+inline Floats look_up(const float* table, Ints places) {
+#if defined(__AVX512BW__)
+  return permute(load<Floats>(table), places);
+#elif defined(__AVX2__)
+  const __m256 low = (__m256)permute(load<Floats>(table), places);
+  const __m256 high = (__m256)permute(load<Floats>(table + 8), places);
+  return (Floats)_mm256_blendv_ps(low, high, (__m256)(places << 28));
+#else
+  Floats out;
+  for (int lane = 0; lane < LANES; ++lane) out[lane] = table[places[lane] & 15];
+  return out;
+#endif
+}
+
+// Some of a vector's lanes.
+struct Chosen {
+#if defined(__AVX512BW__)
+  explicit Chosen(Ints lanes) : mask(_mm512_movepi32_mask((__m512i)lanes)) {}
+  int count() const { return __builtin_popcount(mask); }
+  // Writes those lanes one after the other, and something behind them: LANES in all.
+  template <class Vector>
+  void store(void* to, Vector vector) const {
+    grinqh::store(to, _mm512_maskz_compress_epi32(mask, (__m512i)vector));
+  }
+  __mmask16 mask;
+#else
+  explicit Chosen(Ints lanes) : mask(lanes) {}
+  int count() const {
+    int count = 0;
+    for (int lane = 0; lane < LANES; ++lane) count -= mask[lane];
+    return count;
+  }
+  template <class Vector>
+  void store(void* to, Vector vector) const {
+    auto* at = (int32_t*)to;
+    for (int lane = 0; lane < LANES; ++lane) {
+      *at = ((Ints)vector)[lane];
+      at -= mask[lane];
+    }
+  }
+  Ints mask;  // of -1 and 0
+#endif
+};
 
 // Adds to each sum the products of both 16-bit halves. Those of codes are not negative.
 inline Ints dot(Ints sum, Words codes, Ints multipliers) {
