@@ -133,8 +133,18 @@ class GrinqhTensor(TorchAOBaseTensor):
         self.gains = gains
         self.levels = tuple(levels)
         self.min_bits = min_bits
+        self._dtype = dtype  # Tensor.dtype of a subclass is slow to ask for
         self.curve = curve
         self.low = low
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        # Compiled models ask this of every weight at every step.
+        names = [*self.tensor_data_names]
+        if self.curve is not None:
+            names.append("curve")
+        if self.low is not None:
+            names.append("low")
+        return names, {"levels": self.levels, "min_bits": self.min_bits, "dtype": self._dtype}
 
     @classmethod
     @torch.compiler.disable  # done once per weight, and to give the same codes everywhere
@@ -283,10 +293,11 @@ class GrinqhTensor(TorchAOBaseTensor):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear(x, self, bias)``: x [..., K] -> [..., N] in the dtype of ``x``."""
-        if self.dim() != 2:
+        tiles = self.scales.shape  # what is asked of a plain tensor is answered faster
+        if len(tiles) != 3:
             raise ValueError(f"weight of shape {tuple(self.shape)}: expected [out, in], one expert")
-        if x.shape[-1] != self.shape[1]:
-            raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {self.shape[1]}]")
+        if x.shape[-1] != tiles[1]:
+            raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {tiles[1]}]")
         if not x.is_floating_point():
             raise TypeError(f"input of dtype {x.dtype}: expected floating point")
         x = autocast(x)

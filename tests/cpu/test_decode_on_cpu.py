@@ -182,6 +182,32 @@ def test_experts(machine, dtype):
             assert torch.equal(found[token, slot], decoded(x[token], stack[expert])[0])
 
 
+def test_what_does_not_fit_is_refused(machine):
+    """Before anything is read: these are addresses to the kernels."""
+    weight, other = (
+        GrinqhTensor.from_hp(torch.randn(70, 40)),
+        GrinqhTensor.from_hp(torch.ones(200, 9)),
+    )
+    with pytest.raises(RuntimeError, match="x has 41 channels, the weight 40"):
+        decoded(torch.randn(1, 41), weight)
+    for name in ("slices", "scales", "row_scale", "sensitivity"):
+        wrong = weight.with_data(lambda data: data)
+        setattr(wrong, name, getattr(other, name))
+        with pytest.raises(RuntimeError, match=r"channels|not fit"):
+            decoded(torch.randn(1, 40), wrong)
+    with pytest.raises(RuntimeError, match="bias does not fit 70 outputs"):
+        decoded(torch.randn(1, 40), weight, torch.randn(71))
+    weight.levels = (0, 2, 8)
+    with pytest.raises(RuntimeError, match="thresholds or gains do not fit 3 levels"):
+        decoded(torch.randn(1, 40), weight)
+    weight.levels = (0, 2, 4, 6, 8)
+    with pytest.raises(RuntimeError, match="expected scalar type Int"):
+        decoded(torch.randn(1, 40), weight.with_data(lambda data: data.double()))
+    stack = GrinqhTensor.stack([weight, weight])
+    with pytest.raises(RuntimeError, match="expert 2: expected 0 to 1"):
+        ExpertLinears(stack)(torch.randn(1, 1, 40), torch.tensor([[2]]))
+
+
 def test_strided_data(machine):
     """What a user sliced out of something larger."""
     weight = GrinqhTensor.from_hp(torch.randn(70, 40))

@@ -26,7 +26,8 @@ struct List {
   int64_t size = 0, capacity = 0;
 
   void reserve(int64_t most, int64_t rows) {
-    capacity = most + 2 * MOST_IN_A_BLOCK;  // a block more is read, but does not count; and vectors are whole
+    // A block more is read, but does not count; and vectors are whole.
+    capacity = most + 2 * MOST_IN_A_BLOCK;
     if ((int64_t)lines.size() < capacity) {
       lines.resize(capacity);
       channels.resize(capacity);

@@ -1,5 +1,5 @@
-// grinqh::* as PyTorch's dispatcher calls them: no Python lies in between. Only PyTorch's stable ABI
-// is used, whose headers compile in a second.
+// grinqh::* as PyTorch's dispatcher calls them: no Python lies in between. Only PyTorch's stable
+// ABI is used, whose headers compile in a second.
 //
 // What the kernels do not take (float64, more than 8 rows, activations that are not finite) goes to
 // the oracle: overload "oracle" of the same op.
@@ -51,8 +51,11 @@ struct Stored {
   void make_contiguous(ScalarType dtype) {
     for (Tensor* t : {&slices, &scales, &row_scale, &sensitivity, &thresholds, &gains})
       *t = in_order(*t);
-    if (bias) *bias = in_order(bias->scalar_type() == dtype ? *bias : torch::stable::to(*bias, dtype));
-    if (low) *low = in_order(*low);
+    if (bias) {
+      const bool as_is = bias->scalar_type() == dtype;
+      bias = in_order(as_is ? *bias : torch::stable::to(*bias, dtype));
+    }
+    if (low) low = in_order(*low);
   }
 
   // Where it lies, or where weight number `expert` of a stack lies.
@@ -78,28 +81,42 @@ struct Stored {
   }
 };
 
-void check_shapes(const Stored& weight, int64_t k) {
+void check_levels(const Levels& levels) {
+  STD_TORCH_CHECK(!levels.empty() && levels.size() <= MOST_LEVELS, "expected 1 to ", MOST_LEVELS,
+                  " levels");
+}
+
+// Only addresses go further.
+void check_shapes(const Stored& weight, int64_t k, const Levels& levels) {
   const int64_t tile = weight.slices.size(-1) * FIELDS_PER_WORD, tiles = weight.slices.size(-3);
-  STD_TORCH_CHECK(weight.scales.size(-2) == k && weight.sensitivity.size(-1) == k,
-                  "x has ", k, " channels, the weight ", weight.scales.size(-2));
+  const int64_t n = weight.n(), lines = levels.back() / 2 * k;
+  STD_TORCH_CHECK(weight.scales.size(-2) == k && weight.sensitivity.size(-1) == k, "x has ", k,
+                  " channels, the weight ", weight.scales.size(-2));
   STD_TORCH_CHECK(weight.scales.size(-3) == tiles && weight.scales.size(-1) * SCALE_GROUP == tile,
                   "scales do not fit the slices: expected [", tiles, ", ", k, ", ",
                   tile / SCALE_GROUP, "]");
-  STD_TORCH_CHECK((weight.n() + tile - 1) / tile == tiles, "row_scale of ", weight.n(),
-                  " outputs does not fit ", tiles, " tiles of ", tile);
+  STD_TORCH_CHECK((n + tile - 1) / tile == tiles, "row_scale of ", n, " outputs does not fit ",
+                  tiles, " tiles of ", tile);
+  STD_TORCH_CHECK(weight.low || weight.slices.size(-2) == lines, "slices do not fit: expected ",
+                  lines, " lines, not ", weight.slices.size(-2));
+  STD_TORCH_CHECK(!weight.low || weight.low->numel() == k, "low does not fit ", k, " channels");
+  STD_TORCH_CHECK(!weight.bias || weight.bias->numel() == n, "bias does not fit ", n, " outputs");
+  STD_TORCH_CHECK(weight.thresholds.size(-1) + 1 == (int64_t)levels.size() &&
+                      weight.thresholds.size(-2) == 2 && weight.gains.size(-1) == 4,
+                  "thresholds or gains do not fit ", levels.size(), " levels");
 }
 
 Call call_of(Dtype dtype, int64_t rows, int64_t k, const Levels& levels) {
-  STD_TORCH_CHECK(!levels.empty() && levels.size() <= MOST_LEVELS, "expected 1 to ", MOST_LEVELS,
-                  " levels");
-  Call call{dtype, rows, k, torch::stable::get_num_threads(), levels.back(), (int64_t)levels.size()};
+  const int64_t threads = torch::stable::get_num_threads();
+  Call call{dtype, rows, k, threads, levels.back(), (int64_t)levels.size()};
   std::copy(levels.begin(), levels.end(), call.levels);
   return call;
 }
 
 Tensor allocate(std::vector<int64_t> shape, const Tensor& like) {
   std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  for (size_t i = shape.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   int32_t dtype;
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
@@ -116,6 +133,7 @@ int64_t rows_of(const Tensor& x) {
 // x [..., K] times each weight -> [..., N] each; nothing if the kernels do not take this.
 std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
                                const Levels& levels) {
+  check_levels(levels);
   const auto dtype = dtype_of(given);
   const int64_t rows = rows_of(given);
   if (!dtype || rows < 1 || rows > MOST_ROWS) return {};
@@ -127,7 +145,7 @@ std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
   std::vector<Weight> weights;
   for (Stored& weight : stored) {
     if (weight.n() == 0) return {};
-    check_shapes(weight, k);
+    check_shapes(weight, k, levels);
     weight.make_contiguous(x.scalar_type());
     shape.back() = weight.n();
     outs.push_back(allocate(shape, x));
@@ -171,11 +189,12 @@ Tensor decode_experts(const Tensor& given, const Tensor& experts, const Tensor& 
     return oracle<Tensor>("grinqh::decode_experts", given, experts, slices, scales, row_scale,
                           sensitivity, thresholds, gains, levels);
   };
+  check_levels(levels);
   const auto dtype = dtype_of(given);
   Stored stack{slices, scales, row_scale, sensitivity, thresholds, gains};
   if (!dtype || given.numel() == 0 || stack.n() == 0) return left_to_the_oracle();
   const int64_t tokens = given.size(0), k = given.size(1), n = stack.n();
-  check_shapes(stack, k);
+  check_shapes(stack, k, levels);
   stack.make_contiguous(given.scalar_type());
   const Tensor x = in_order(given), chosen = in_order(experts), out = allocate({tokens, n}, x);
   const int64_t* numbers = chosen.const_data_ptr<int64_t>();

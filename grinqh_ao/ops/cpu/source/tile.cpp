@@ -26,7 +26,9 @@ template <int PARTS>
 void add_all_rows(const Call& call, const Unit& unit, bool fetched, const Unit* next, float* out) {
   for (int64_t row = 0; row < call.rows; row += ROWS_AT_ONCE) {
     const int64_t left = call.rows - row;
-    auto* add = left == 1 ? add_rows<1, PARTS> : left == 2 ? add_rows<2, PARTS> : add_rows<4, PARTS>;
+    auto* add = left == 1   ? add_rows<1, PARTS>
+                : left == 2 ? add_rows<2, PARTS>
+                            : add_rows<4, PARTS>;
     add(call, unit, fetched || row > 0, next, row, out + row * unit.weight->tile());
   }
 }
