@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import llama_cpp_models
+import selected_lines
 from grinqh_ao import GrinqhConfig, GrinqhTensor, set_bits
 from grinqh_ao.demo import PROMPT
 from grinqh_ao.running import SMOLLM2, Clock, describe_machine, load, prompt_inputs
@@ -42,6 +43,7 @@ COPIED = 256 << 20
 CALLS = 4
 LEAST_TURNS = 6
 INT4_GROUP = 32
+READ_ONLY_BITS = 3.0  # where the lines are also read without any arithmetic, for comparison
 Timed = dict[str, list[Callable[[], object]]]
 
 
@@ -127,6 +129,8 @@ def layer(n: int, k: int, seconds: float) -> dict[str, Any]:
             weight.set_bits(bits)
         timed[f"{bits:g} bits"] = [lambda w=w: F.linear(half, w) for w in read]
         timed[f"{bits:g} bits, float32"] = [lambda w=w: F.linear(x, w) for w in read]
+        if bits == READ_ONLY_BITS and read[0].slices.shape[-1] * 4 >= 64:
+            timed[f"{bits:g} bits, only read"] = [selected_lines.reader(w, half) for w in read]
         levels = read[0].grade(half)
         needed[f"{bits:g} bits"] = n * (float(levels.sum()) / 8 + float((levels > 0).sum()) / 64)
     return {"shape": [n, k], "us": compare(timed, seconds), "needed_bytes": needed}
@@ -150,9 +154,10 @@ def report_layers(threads: list[int], seconds: float) -> list[dict[str, Any]]:
                 + [us["bfloat16"] / us[f"{bits:g} bits"] for bits in BITS]
                 + [us.get(name, float("nan")) / us["3 bits"] for name in list(us)[2:4]]
                 + [us["3 bits"] / us["2 bits"], at[3.0] / 1e3]
+                + [us["3 bits"] / us.get("3 bits, only read", float("nan"))]
             )
         headers = ["layer", "bf16 us", *(f"{bits:g}" for bits in BITS)]
-        headers += ["3 vs int8", "3 vs int4", "2 vs 3", "GB/s at 3"]
+        headers += ["3 vs int8", "3 vs int4", "2 vs 3", "GB/s at 3", "only read vs 3"]
         print(
             f"\n{number} threads, copy {copied:.1f} GB/s; times as fast as bfloat16 at each bits:"
         )
@@ -160,13 +165,14 @@ def report_layers(threads: list[int], seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def report_models(rounds: int, new_tokens: int, modes: list[str]) -> list[dict[str, Any]]:
+def report_models(
+    rounds: int, new_tokens: int, modes: list[str], dtypes: list[str]
+) -> list[dict[str, Any]]:
     """Unchanged generate(), tokens per second after the first."""
     rows = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for name in dtypes:
         for mode in modes:
-            name = str(dtype).removeprefix("torch.")
-            dense, tokenizer = load(SMOLLM2, dtype=dtype)
+            dense, tokenizer = load(SMOLLM2, dtype=getattr(torch, name))
             nested = copy.deepcopy(dense)
             quantize_(nested, GrinqhConfig(bits=3))
             inputs = prompt_inputs(tokenizer, PROMPT)
@@ -206,6 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="for each model")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled"])
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], help="of models")
     parser.add_argument("--only", nargs="*", choices=["layers", "models", "llama.cpp"])
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
@@ -217,7 +224,9 @@ def main() -> None:
     print(report["machine"])
     sections: dict[str, Callable[[], object]] = {
         "layers": lambda: report_layers(sorted(set(arguments.threads)), arguments.seconds),
-        "models": lambda: report_models(arguments.rounds, arguments.new_tokens, arguments.modes),
+        "models": lambda: report_models(
+            arguments.rounds, arguments.new_tokens, arguments.modes, arguments.dtypes
+        ),
         "llama.cpp": lambda: llama_cpp_models.speeds(
             threads, arguments.rounds, arguments.new_tokens
         ),

@@ -148,7 +148,7 @@ def _run(*command: str) -> None:
 
 
 def _key() -> str:
-    """What a compiled library depends on: sources, options, PyTorch, the processor's instructions."""
+    """What a compiled library depends on: sources, options, PyTorch, the processor."""
     options = (FLAGS, NATIVE, UNITS, torch.__version__, platform.machine())
     digest = hashlib.sha256(repr(options).encode())
     for file in sorted(SOURCE.iterdir()):
