@@ -10,6 +10,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cpu
+import selected_lines
+from grinqh_ao import GrinqhTensor
+from grinqh_ao.slices import split
+from plain import laplace
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +59,15 @@ def test_main_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     assert "int8 (torchao, compiled)" not in row["us"]
     assert "of 128x64 does not run: not on this processor" in capsys.readouterr().err
     assert "torch" in report["machine"]
+
+
+def test_the_lines_that_are_only_read():
+    """Those that levels ask for, each once: by their sum, as 64-bit integers that wrap around."""
+    weight = GrinqhTensor.from_hp(torch.randn(1024, 48), bits=5)
+    x = laplace(1, 48)
+    levels = weight.grade(x)[0]
+    assert len(levels.unique()) > 2
+    expected = 0
+    for s, lines in enumerate(split(weight.slices, 48)):
+        expected += int(lines[:, levels > 2 * s].contiguous().view(torch.int64).sum())
+    assert selected_lines.reader(weight, x)() == expected % 2**64
