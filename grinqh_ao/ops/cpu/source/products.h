@@ -181,41 +181,37 @@ int64_t block_size(int64_t size) {
   return (each + S::STEP - 1) / S::STEP * S::STEP;
 }
 
+// The entries of one list up to `last`; those that come `after` it are of the other list.
+template <int WORDS, int ROWS, int PARTS, bool PAIRS>
+void add_list(Ahead now, int64_t last, const Ahead& after, int64_t first_row,
+              typename Shape<WORDS>::Sums* sums) {
+  constexpr int LINES = PAIRS ? 2 : 1, LINES_AFTER = PAIRS ? 1 : 2;
+  const int64_t at_once = block_size<WORDS>(last - now.first);
+  while (now.first < last) {
+    const int size = (int)std::min(at_once, last - now.first);
+    Ahead next = now;
+    next.first += size;
+    if (next.first < last)
+      Block<WORDS, ROWS, PARTS, PAIRS, LINES>(now, size, next, first_row).add(sums);
+    else
+      Block<WORDS, ROWS, PARTS, PAIRS, LINES_AFTER>(now, size, after, first_row).add(sums);
+    now = next;
+  }
+}
+
 // A unit's pairs, then its singles.
 template <int WORDS, int ROWS, int PARTS>
 void add_products(const Call& call, const Unit& unit, bool fetched, const Unit* next_unit,
                   int64_t first_row, typename Shape<WORDS>::Sums* sums) {
-  const auto start = [&](const Unit& of, bool pairs) {
-    const List& list = pairs ? of.lists->pairs : of.lists->singles;
+  const auto start = [&](const Unit& of, const List& list) {
     return Ahead{&list, of.start(list), of.lines(), of.scales(call.k)};
   };
-  Ahead pairs = start(unit, true), singles = start(unit, false);
-  const Ahead after = next_unit ? start(*next_unit, true) : singles;
-  const int64_t last_pair = unit.end(*pairs.list), last_single = unit.end(*singles.list);
-  const int64_t pairs_at_once = block_size<WORDS>(last_pair - pairs.first);
-  const int64_t singles_at_once = block_size<WORDS>(last_single - singles.first);
+  const Ahead pairs = start(unit, unit.lists->pairs), singles = start(unit, unit.lists->singles);
+  const Ahead after = next_unit ? start(*next_unit, next_unit->lists->pairs) : singles;
   if (!fetched)
     for (int e = 0; e < Shape<WORDS>::BLOCK; ++e) pairs.fetch_all<WORDS, 2>(e);
-  while (pairs.first < last_pair) {
-    const int size = (int)std::min(pairs_at_once, last_pair - pairs.first);
-    Ahead next = pairs;
-    next.first += size;
-    if (next.first < last_pair)
-      Block<WORDS, ROWS, PARTS, true, 2>(pairs, size, next, first_row).add(sums);
-    else
-      Block<WORDS, ROWS, PARTS, true, 1>(pairs, size, singles, first_row).add(sums);
-    pairs = next;
-  }
-  while (singles.first < last_single) {
-    const int size = (int)std::min(singles_at_once, last_single - singles.first);
-    Ahead next = singles;
-    next.first += size;
-    if (next.first < last_single)
-      Block<WORDS, ROWS, PARTS, false, 1>(singles, size, next, first_row).add(sums);
-    else
-      Block<WORDS, ROWS, PARTS, false, 2>(singles, size, after, first_row).add(sums);
-    singles = next;
-  }
+  add_list<WORDS, ROWS, PARTS, true>(pairs, unit.end(*pairs.list), singles, first_row, sums);
+  add_list<WORDS, ROWS, PARTS, false>(singles, unit.end(*singles.list), after, first_row, sums);
 }
 
 }  // namespace grinqh
