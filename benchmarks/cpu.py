@@ -43,7 +43,6 @@ COPIED = 256 << 20
 CALLS = 4
 LEAST_TURNS = 6
 INT4_GROUP = 32
-READ_ONLY_BITS = 3.0  # where the lines are also read without any arithmetic, for comparison
 Timed = dict[str, list[Callable[[], object]]]
 
 
@@ -129,8 +128,9 @@ def layer(n: int, k: int, seconds: float) -> dict[str, Any]:
             weight.set_bits(bits)
         timed[f"{bits:g} bits"] = [lambda w=w: F.linear(half, w) for w in read]
         timed[f"{bits:g} bits, float32"] = [lambda w=w: F.linear(x, w) for w in read]
-        if bits == READ_ONLY_BITS and read[0].slices.shape[-1] * 4 >= 64:
-            timed[f"{bits:g} bits, only read"] = [selected_lines.reader(w, half) for w in read]
+        # The same lines without any arithmetic, for comparison.
+        if bits == 3.0 and read[0].slices.shape[-1] * 4 >= 64:
+            timed["3 bits, only read"] = [selected_lines.reader(w, half) for w in read]
         levels = read[0].grade(half)
         needed[f"{bits:g} bits"] = n * (float(levels.sum()) / 8 + float((levels > 0).sum()) / 64)
     return {"shape": [n, k], "us": compare(timed, seconds), "needed_bytes": needed}

@@ -16,7 +16,7 @@ from grinqh_ao import GrinqhTensor
 from grinqh_ao.ops.cpu.build import find_compiler
 from grinqh_ao.slices import HIGH_SLICES
 
-AHEAD = 32  # runs that are prefetched; 16 to 64 make no difference
+AHEAD = 32  # runs that are prefetched
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchao.testing import utils as torchao_tests
+from torchao.utils import TorchAOBaseTensor
 
 from grinqh_ao import GrinqhTensor, decode_every_row, ops
 
@@ -268,6 +269,14 @@ def test_autocast(weight, rows):
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x, weight).dtype == torch.bfloat16
         assert F.linear(x.double(), weight).dtype == torch.float64
+
+
+def test_flattens_as_torchao_does(weight):
+    """It is written out for speed; here the inherited one says what is meant."""
+    for name in (None, "curve", "low"):
+        if name:
+            setattr(weight, name, torch.zeros(3))
+        assert weight.__tensor_flatten__() == TorchAOBaseTensor.__tensor_flatten__(weight)
 
 
 def test_transposed(weight):

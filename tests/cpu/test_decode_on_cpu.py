@@ -170,6 +170,7 @@ def test_several_weights_in_one_call(machine):
     found = ops.decode_linears(x, *map(list, lists), biases, [None, None], weights[0].levels)
     for one, weight, bias in zip(found, weights, biases, strict=True):
         assert torch.equal(one, decoded(x, weight, bias))
+    assert ops.decode_linears(x, *([[]] * 8), weights[0].levels) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -203,6 +204,11 @@ def test_what_does_not_fit_is_refused(machine):
     weight.levels = (0, 2, 4, 6, 8)
     with pytest.raises(RuntimeError, match="expected scalar type Int"):
         decoded(torch.randn(1, 40), weight.with_data(lambda data: data.double()))
+    wide = GrinqhTensor.from_hp(torch.randn(192, 40))
+    for name in ("slices", "scales"):  # tiles of 192 outputs
+        setattr(wide, name, getattr(wide, name).permute(1, 0, 2).flatten(1)[None])
+    with pytest.raises(RuntimeError, match="tiles of 192 outputs: expected 64, 128, 256 or 512"):
+        decoded(torch.randn(1, 40), wide)
     stack = GrinqhTensor.stack([weight, weight])
     with pytest.raises(RuntimeError, match="expert 2: expected 0 to 1"):
         ExpertLinears(stack)(torch.randn(1, 1, 40), torch.tensor([[2]]))

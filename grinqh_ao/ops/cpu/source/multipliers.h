@@ -7,7 +7,6 @@
 
 namespace grinqh {
 
-constexpr int ROWS_AT_ONCE = 4;
 constexpr int PART_BITS = 15;
 
 // How lines of WORDS words lie in vectors.
@@ -74,7 +73,8 @@ constexpr int half_of(int size) {
 template <int WORDS, int ROWS, int PARTS>
 void multiply_scales(const List& list, int64_t first, int size, int64_t first_row,
                      const uint8_t* scales, Multipliers<WORDS, ROWS, PARTS>& out) {
-  constexpr int G = out.G, PERIOD = out.PERIOD, VECTORS = PERIOD / LANES;
+  using M = Multipliers<WORDS, ROWS, PARTS>;
+  constexpr int G = M::G, PERIOD = M::PERIOD, VECTORS = PERIOD / LANES;
   constexpr int SPACE = Shape<WORDS>::BLOCK / 2 * G + PERIOD;
   constexpr float TOP = (1 << PART_BITS) - 1;
   constexpr float NOTHING = 1e-30f;  // beside the row's largest x, which is 1 or more

@@ -1,5 +1,5 @@
 // grinqh::* as PyTorch's dispatcher calls them: no Python lies in between. Only PyTorch's stable
-// ABI is used, whose headers compile in a second.
+// ABI is used, whose headers compile fast.
 //
 // What the kernels do not take (float64, more than 8 rows, activations that are not finite) goes to
 // the oracle: overload "oracle" of the same op.
@@ -90,6 +90,8 @@ void check_levels(const Levels& levels) {
 void check_shapes(const Stored& weight, int64_t k, const Levels& levels) {
   const int64_t tile = weight.slices.size(-1) * FIELDS_PER_WORD, tiles = weight.slices.size(-3);
   const int64_t n = weight.n(), lines = levels.back() / 2 * k;
+  STD_TORCH_CHECK(tile == 64 || tile == 128 || tile == 256 || tile == 512, "slices of tiles of ",
+                  tile, " outputs: expected 64, 128, 256 or 512");
   STD_TORCH_CHECK(weight.scales.size(-2) == k && weight.sensitivity.size(-1) == k, "x has ", k,
                   " channels, the weight ", weight.scales.size(-2));
   STD_TORCH_CHECK(weight.scales.size(-3) == tiles && weight.scales.size(-1) * SCALE_GROUP == tile,
@@ -136,7 +138,7 @@ std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
   check_levels(levels);
   const auto dtype = dtype_of(given);
   const int64_t rows = rows_of(given);
-  if (!dtype || rows < 1 || rows > MOST_ROWS) return {};
+  if (!dtype || rows < 1 || rows > MOST_ROWS || stored.empty()) return {};
   const int64_t k = given.size(-1);
   const Tensor x = in_order(given);
   const Call call = call_of(*dtype, rows, k, levels);

@@ -7,6 +7,7 @@ namespace grinqh {
 namespace {
 
 constexpr int WORDS = LINE_WORDS;
+constexpr int ROWS_AT_ONCE = 4;
 
 template <int ROWS, int PARTS>
 void add_rows(const Call& call, const Unit& unit, bool fetched, const Unit* next, int64_t first_row,
