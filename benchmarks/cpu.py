@@ -124,7 +124,7 @@ def layer(n: int, k: int, seconds: float) -> dict[str, Any]:
         order = [*weights[i % len(weights) :], *weights[: i % len(weights)]]
         read = [w.with_data(lambda data: data) for w in order]
         for weight in read:
-            weight.thresholds = weight.thresholds.clone()
+            weight.vectors = weight.vectors.clone()
             weight.set_bits(bits)
         timed[f"{bits:g} bits"] = [lambda w=w: F.linear(half, w) for w in read]
         timed[f"{bits:g} bits, float32"] = [lambda w=w: F.linear(x, w) for w in read]
@@ -185,7 +185,7 @@ def report_models(
             def speed(model: Any, options=options, inputs=inputs) -> float:
                 clock = Clock()
                 model.generate(
-                    **inputs, **options, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                    **inputs, **options, max_new_tokens=new_tokens, eos_token_id=None,
                     do_sample=False, streamer=clock, pad_token_id=0,
                 )  # fmt: skip
                 return clock.tokens_per_second()

@@ -17,15 +17,17 @@ from grinqh_ao.grading import check_levels
 from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, HIGH_SLICES, TILE_WIDTHS
 from grinqh_ao.tails import check_curve
 from grinqh_ao.torchao_tensor import GrinqhTensor
+from grinqh_ao.vectors import join
 
 FORMAT_VERSION = 1
 
+# In a file the parts of a weight's vectors are tensors of their own.
+_PARTS = ("row_scale", "sensitivity", "thresholds", "gains")
+_REQUIRED = ("slices", "scales", *_PARTS)
 # What follows the name of a weight. Slices take the weight's own name: where nothing knows of this
 # package, they do not fit there, and loading fails rather than leave the weight random.
 SUFFIXES = {"slices": ""} | {
-    name: f"_{name}"
-    for name in (*GrinqhTensor.tensor_data_names, *GrinqhTensor.optional_tensor_data_names)
-    if name != "slices"
+    name: f"_{name}" for name in ("scales", *_PARTS, *GrinqhTensor.optional_tensor_data_names)
 }
 _DTYPES = {
     "slices": torch.int32,
@@ -79,7 +81,11 @@ class Attributes:
 
 def to_tensors(weight: GrinqhTensor) -> dict[str, Tensor]:
     """Suffix -> tensor: what is stored of ``weight``, beside its attributes."""
-    return {SUFFIXES[name]: getattr(weight, name) for name in weight.data_names}
+    names = [name for name in weight.data_names if name != "vectors"]
+    data = {name: getattr(weight, name) for name in names}
+    # Copies: files have no tensors that share memory.
+    data |= {name: getattr(weight, name).to(_DTYPES[name], copy=True) for name in _PARTS}
+    return {SUFFIXES[name]: data[name] for name in SUFFIXES if name in data}
 
 
 def from_tensors(
@@ -96,7 +102,14 @@ def from_tensors(
     """
     check(tensors, shape, attributes, where)
     data: dict[str, Any] = {name: tensors.get(suffix) for name, suffix in SUFFIXES.items()}
-    return GrinqhTensor(**data, levels=attributes.levels, min_bits=attributes.min_bits, dtype=dtype)
+    parts = {name: data.pop(name) for name in _PARTS}
+    return GrinqhTensor(
+        **data,
+        vectors=join(**parts),
+        levels=attributes.levels,
+        min_bits=attributes.min_bits,
+        dtype=dtype,
+    )
 
 
 def check(
@@ -117,7 +130,7 @@ def check(
         if suffix not in names:
             raise ValueError(f"{where}: tensor {suffix!r}: unknown, expected {list(names)}")
     found = {names[suffix]: tensor for suffix, tensor in tensors.items()}
-    for name in GrinqhTensor.tensor_data_names:
+    for name in _REQUIRED:
         if name not in found:
             raise ValueError(f"{where}: {name}: missing")
     for name, tensor in found.items():

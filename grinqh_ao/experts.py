@@ -70,10 +70,7 @@ class ExpertLinears(nn.Module):
             experts.flatten(),
             weight.slices,
             weight.scales,
-            weight.row_scale,
-            weight.sensitivity,
-            weight.thresholds,
-            weight.gains,
+            weight.vectors,
             weight.levels,
         )
         return y.view(*experts.shape, weight.shape[1])
@@ -85,8 +82,7 @@ class ExpertLinears(nn.Module):
             experts.flatten(),
             weight.slices,
             weight.scales,
-            weight.row_scale,
-            weight.gains,
+            weight.vectors,
             weight.levels[-1],
         )
         return y.view(*experts.shape, weight.shape[1])

@@ -88,7 +88,7 @@ class _Counter:
     @classmethod
     def of(cls, weight: GrinqhTensor) -> _Counter:
         one = weight[0] if weight.dim() == 3 else weight
-        read_once = [one.row_scale, one.sensitivity, one.thresholds, one.gains, one.low]
+        read_once = [one.vectors, one.low]
         return cls(
             counts=torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device),
             levels=weight.levels,

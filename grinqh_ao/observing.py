@@ -71,7 +71,7 @@ class Observer:
         n = len(weight.row_scale)
         scales = decode_scales(weight.scales).square().mean(1)  # [tiles, groups]
         per_output = scales.flatten().repeat_interleave(weight.tile // scales.shape[1])[:n]
-        variance = (per_output * weight.row_scale.float().square()).double().cpu()
+        variance = (per_output * weight.row_scale.square()).double().cpu()
         cost = float(self._gradient_energy @ variance)
         return cost / (n * self.tokens) if cost > 0 else None
 

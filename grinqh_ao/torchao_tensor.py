@@ -45,8 +45,24 @@ from grinqh_ao.slices import (
     unpack_rows,
 )
 from grinqh_ao.tails import check_curve
+from grinqh_ao.vectors import (
+    gains_of,
+    join,
+    outputs_of,
+    row_scale_of,
+    sensitivity_of,
+    thresholds_of,
+)
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# Names of the tensor data there are, with and without a curve, and low.
+_DATA_NAMES = {
+    (curve, low): ["slices", "scales", "vectors"] + ["curve"] * curve + ["low"] * low
+    for curve in (False, True)
+    for low in (False, True)
+}
 
 
 class GrinqhTensor(TorchAOBaseTensor):
@@ -62,11 +78,7 @@ class GrinqhTensor(TorchAOBaseTensor):
     Tensor data:
         slices: int32 [tiles, lines, tile / 16], the codes cut into 2-bit slices (:mod:`.slices`).
         scales: uint8 [tiles, K, tile / 64], logarithmic scales of 64 outputs of one channel.
-        row_scale: bfloat16 [N].
-        sensitivity: bfloat16 [K], what rounding errors in each channel weigh where calibrated,
-            else 1.
-        thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
-        gains: float32 [4], of levels 2, 4, 6 and 8 (see :mod:`.codec`).
+        vectors: float32 [L], thresholds, gains, sensitivity and row_scale (:mod:`.vectors`).
         curve: float32 [387] where calibrated, else None (see :mod:`.tails`).
         low: int32 [K] in compact storage, which channels have low slices; else None.
 
@@ -74,18 +86,20 @@ class GrinqhTensor(TorchAOBaseTensor):
         levels: the bits a channel may be read at, ascending; J + 1 of them.
         min_bits: ``set_bits`` never asks this weight to read fewer; above 0 for output heads.
         dtype: the dtype the tensor presents itself with; the codes know none.
+        thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
+        gains: float32 [4], of levels 2, 4, 6 and 8 (see :mod:`.codec`).
+        sensitivity: float32 [K], what rounding errors in each channel weigh where calibrated,
+            else 1.
+        row_scale: float32 [N].
     """
 
-    tensor_data_names = ["slices", "scales", "row_scale", "sensitivity", "thresholds", "gains"]
+    tensor_data_names = ["slices", "scales", "vectors"]
     tensor_attribute_names = ["levels", "min_bits", "dtype"]
     optional_tensor_data_names = ["curve", "low"]
 
     slices: Tensor
     scales: Tensor
-    row_scale: Tensor
-    sensitivity: Tensor
-    thresholds: Tensor
-    gains: Tensor
+    vectors: Tensor
     curve: Tensor | None
     low: Tensor | None
     levels: tuple[int, ...]
@@ -95,17 +109,15 @@ class GrinqhTensor(TorchAOBaseTensor):
         cls,
         slices: Tensor,
         scales: Tensor,
-        row_scale: Tensor,
-        sensitivity: Tensor,
-        thresholds: Tensor,
-        gains: Tensor,
+        vectors: Tensor,
         levels: tuple[int, ...],
         min_bits: float,
         dtype: torch.dtype,
         curve: Tensor | None = None,
         low: Tensor | None = None,
     ) -> GrinqhTensor:
-        shape = (*row_scale.shape, scales.shape[-2])
+        k = scales.shape[-2]
+        shape = (*vectors.shape[:-1], outputs_of(vectors, k), k)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, device=slices.device, dtype=dtype, requires_grad=False
         )
@@ -114,10 +126,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         self,
         slices: Tensor,
         scales: Tensor,
-        row_scale: Tensor,
-        sensitivity: Tensor,
-        thresholds: Tensor,
-        gains: Tensor,
+        vectors: Tensor,
         levels: tuple[int, ...],
         min_bits: float,
         dtype: torch.dtype,
@@ -127,24 +136,16 @@ class GrinqhTensor(TorchAOBaseTensor):
         super().__init__()
         self.slices = slices
         self.scales = scales
-        self.row_scale = row_scale
-        self.sensitivity = sensitivity
-        self.thresholds = thresholds
-        self.gains = gains
+        self.vectors = vectors
         self.levels = tuple(levels)
         self.min_bits = min_bits
-        self._dtype = dtype  # Tensor.dtype of a subclass is slow to ask for
+        self._attributes = {"levels": self.levels, "min_bits": min_bits, "dtype": dtype}
         self.curve = curve
         self.low = low
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        # Compiled models ask this of every weight at every step.
-        names = [*self.tensor_data_names]
-        if self.curve is not None:
-            names.append("curve")
-        if self.low is not None:
-            names.append("low")
-        return names, {"levels": self.levels, "min_bits": self.min_bits, "dtype": self._dtype}
+        # Compiled models ask this of every weight twice at every step: so nothing is built here.
+        return _DATA_NAMES[self.curve is not None, self.low is not None], self._attributes
 
     @classmethod
     @torch.compiler.disable  # done once per weight, and to give the same codes everywhere
@@ -186,10 +187,12 @@ class GrinqhTensor(TorchAOBaseTensor):
         return cls(
             pack(codes, levels[-1] // 2, tile),
             scale_codes.view(tiles, groups, k).transpose(1, 2).contiguous(),
-            row_scale,
-            torch.ones(k, dtype=torch.bfloat16, device=weight.device),
-            thresholds.to(weight.device),
-            default_gains(weight.device),
+            join(
+                thresholds.to(weight.device),
+                default_gains(weight.device),
+                torch.ones(k, device=weight.device),
+                row_scale,
+            ),
             levels,
             float(min_bits),
             weight.dtype,
@@ -262,6 +265,22 @@ class GrinqhTensor(TorchAOBaseTensor):
         return bits_of(self.thresholds, self.levels, self.curve)
 
     @property
+    def thresholds(self) -> Tensor:
+        return thresholds_of(self.vectors, len(self.levels))
+
+    @property
+    def gains(self) -> Tensor:
+        return gains_of(self.vectors)
+
+    @property
+    def sensitivity(self) -> Tensor:
+        return sensitivity_of(self.vectors, self.scales.shape[-2])
+
+    @property
+    def row_scale(self) -> Tensor:
+        return row_scale_of(self.vectors, self.scales.shape[-2])
+
+    @property
     def tile(self) -> int:
         """Outputs per tile."""
         return self.slices.shape[-1] * FIELDS_PER_WORD
@@ -284,8 +303,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         return ops.dequantize(
             self.slices,
             self.scales,
-            self.row_scale,
-            self.gains,
+            self.vectors,
             self.low,
             level,
             output_dtype or self.dtype,
@@ -310,10 +328,7 @@ class GrinqhTensor(TorchAOBaseTensor):
                 x,
                 self.slices,
                 self.scales,
-                self.row_scale,
-                self.sensitivity,
-                self.thresholds,
-                self.gains,
+                self.vectors,
                 bias,
                 self.low,
                 self.levels,
@@ -332,8 +347,7 @@ class GrinqhTensor(TorchAOBaseTensor):
                 x,
                 self.slices,
                 self.scales,
-                self.row_scale,
-                self.gains,
+                self.vectors,
                 bias,
                 self.low,
                 self.levels[-1],
@@ -381,7 +395,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         if self.low is not None:
             return F.embedding(indices, self.dequantize())
         rows = indices.flatten()
-        row_scale = self.row_scale.index_select(0, rows).float()  # says if an index is out of range
+        row_scale = self.row_scale.index_select(0, rows)  # says if an index is out of range
         codes = unpack_rows(split(self.slices, self.shape[1]), rows)
         groups = self.scales[rows // self.tile, :, rows % self.tile // SCALE_GROUP]
         values = lookup(level_values(self.gains, self.levels[-1]), codes)

@@ -90,9 +90,9 @@ def test_ops_are_registered_right(linears, op):
     w = linears.weight
     x, experts = torch.randn(4, 64), torch.tensor([3, 0, 3, 1])
     arguments = {
-        "decode_experts": (w.slices, w.scales, w.row_scale, w.sensitivity, w.thresholds, w.gains,
+        "decode_experts": (w.slices, w.scales, w.vectors,
                            list(w.levels)),
-        "dense_experts": (w.slices, w.scales, w.row_scale, w.gains, 8),
+        "dense_experts": (w.slices, w.scales, w.vectors, 8),
     }  # fmt: skip
     torch.library.opcheck(getattr(ops, op), (x, experts, *arguments[op]))
 

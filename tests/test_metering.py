@@ -30,7 +30,7 @@ def test_counts_by_hand(model):
     # 96 outputs are one tile of 128: what pads it is read too, but counts for no bits.
     assert first.bytes_per_token == pytest.approx(first.bits * 40 * 128 / 8)
     active = sum(level > 0 for level in levels) / len(rows)
-    scales = active * 2 + 96 * 2 + 40 * 2 + 8 * 4 + 4 * 4
+    scales = active * 2 + 4 * (8 + 4 + 40 + 96)
     assert first.bytes_per_token_with_scales == pytest.approx(first.bytes_per_token + scales)
     assert first.bits_with_scales == pytest.approx(first.bits + 8 * scales / (96 * 40))
     assert first.stored_bytes == model[0].weight.stored_bytes

@@ -17,10 +17,7 @@ def arguments(weight: GrinqhTensor, bias: torch.Tensor | None = None) -> tuple:
     return (
         weight.slices,
         weight.scales,
-        weight.row_scale,
-        weight.sensitivity,
-        weight.thresholds,
-        weight.gains,
+        weight.vectors,
         bias,
         weight.low,
         weight.levels,
@@ -95,13 +92,13 @@ def test_opcheck():
             )
     torch.library.opcheck(
         ops.dequantize,
-        (weight.slices, weight.scales, weight.row_scale, weight.gains, None, 6, torch.bfloat16),
+        (weight.slices, weight.scales, weight.vectors, None, 6, torch.bfloat16),
         test_utils=tests,
     )
     slices, low = drop_low(weight.slices, torch.arange(9) % 3 == 0)
     torch.library.opcheck(
         ops.dequantize,
-        (slices, weight.scales, weight.row_scale, weight.gains, low, 8, torch.bfloat16),
+        (slices, weight.scales, weight.vectors, low, 8, torch.bfloat16),
         test_utils=tests,
     )
 

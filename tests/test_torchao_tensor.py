@@ -54,8 +54,7 @@ def test_up_to_eight_rows_decode_and_more_are_dense(weight):
     for shape in [(40,), (1, 40), (1, 1, 40), (2, 40), (8, 1, 40), (2, 3, 40)]:
         rows = x.flatten()[: math.prod(shape)].view(shape)
         expected = ops.decode_linear(
-            rows, weight.slices, weight.scales, weight.row_scale, weight.sensitivity,
-            weight.thresholds, weight.gains, None, None, weight.levels,
+            rows, weight.slices, weight.scales, weight.vectors, None, None, weight.levels,
         )  # fmt: skip
         found = F.linear(rows, weight)
         assert found.shape == (*shape[:-1], 96)
@@ -226,8 +225,8 @@ def test_to_changes_the_dtype_it_presents(weight):
 
 def test_stored_size_is_what_is_held():
     weight = GrinqhTensor.from_hp(torch.randn(512, 1024))
-    codes, scales, rows, channels = 512 * 1024, 512 // 64 * 1024, 2 * 512, 2 * 1024
-    assert weight.stored_bytes == codes + scales + rows + channels + 2 * 4 * 4 + 4 * 4
+    codes, scales, vectors = 512 * 1024, 512 // 64 * 1024, 4 * (8 + 4 + 1024 + 512)
+    assert weight.stored_bytes == codes + scales + vectors
 
 
 def linear_with(weight: GrinqhTensor) -> nn.Linear:

@@ -27,9 +27,8 @@ def laplace(*shape: int) -> torch.Tensor:
 
 def expected(x: torch.Tensor, weight: GrinqhTensor, bias: torch.Tensor | None) -> torch.Tensor:
     return oracle.decode_linear(
-        x.double(), weight.slices, weight.scales, weight.row_scale, weight.sensitivity,
-        weight.thresholds, weight.gains, None if bias is None else bias.double(), weight.low,
-        weight.levels,
+        x.double(), weight.slices, weight.scales, weight.vectors,
+        None if bias is None else bias.double(), weight.low, weight.levels,
     )  # fmt: skip
 
 
@@ -70,7 +69,7 @@ def correctness() -> dict[str, object]:
             store_compactly(weight)
         found = weight.dequantize(dtype, level)
         truth = oracle.dequantize(
-            weight.slices, weight.scales, weight.row_scale, weight.gains, weight.low, level, dtype
+            weight.slices, weight.scales, weight.vectors, weight.low, level, dtype
         )
         cases += 1
         if not torch.allclose(found, truth, rtol=2 * torch.finfo(dtype).eps, atol=0):

@@ -27,8 +27,7 @@ def stack_of(experts: int, n: int, k: int, bits: float) -> GrinqhTensor:
 
 
 def arguments(stack: GrinqhTensor) -> tuple[object, ...]:
-    return (stack.slices, stack.scales, stack.row_scale, stack.sensitivity, stack.thresholds,
-            stack.gains, stack.levels)  # fmt: skip
+    return stack.slices, stack.scales, stack.vectors, stack.levels
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def tokens_per_second(model: Any) -> float:
         clock = Clock()
         model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-            cache_implementation="static", min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+            cache_implementation="static", max_new_tokens=NEW_TOKENS, eos_token_id=None,
             streamer=clock,
         )  # fmt: skip
         first, last = clock.times[1], clock.times[-1]  # put() gets the prompt first

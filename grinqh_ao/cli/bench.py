@@ -43,7 +43,7 @@ def bench(
     def milliseconds(timed: Any) -> float:
         clock = Clock()
         timed.generate(
-            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+            **inputs, max_new_tokens=new_tokens, eos_token_id=None, do_sample=False,
             streamer=clock, pad_token_id=tokenizer.pad_token_id or 0,
         )  # fmt: skip
         return 1e3 / clock.tokens_per_second()

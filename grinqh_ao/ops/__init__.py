@@ -17,35 +17,34 @@ from torch import Tensor
 from grinqh_ao.ops import oracle
 from grinqh_ao.ops.cpu import dequantize as dequantize_on_cpu
 from grinqh_ao.ops.cpu.build import kernels as cpu_kernels
+from grinqh_ao.vectors import outputs_of
 
 _library = torch.library.Library("grinqh", "DEF")
 
 _DECODE_OPS = {
-    "decode_linear": "(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, "
-    "Tensor sensitivity, Tensor thresholds, Tensor gains, Tensor? bias, Tensor? low, int[] levels) "
-    "-> Tensor",
-    "decode_linears": "(Tensor x, Tensor[] slices, Tensor[] scales, Tensor[] row_scales, "
-    "Tensor[] sensitivities, Tensor[] thresholds, Tensor[] gains, Tensor?[] biases, "
-    "Tensor?[] lows, int[] levels) -> Tensor[]",
-    "decode_experts": "(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor row_scale, "
-    "Tensor sensitivity, Tensor thresholds, Tensor gains, int[] levels) -> Tensor",
+    "decode_linear": "(Tensor x, Tensor slices, Tensor scales, Tensor vectors, Tensor? bias, "
+    "Tensor? low, int[] levels) -> Tensor",
+    "decode_linears": "(Tensor x, Tensor[] slices, Tensor[] scales, Tensor[] vectors, "
+    "Tensor?[] biases, Tensor?[] lows, int[] levels) -> Tensor[]",
+    "decode_experts": "(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor vectors, "
+    "int[] levels) -> Tensor",
 }
 _library.define(
-    "dense_experts(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor row_scale, "
-    "Tensor gains, int level) -> Tensor",
+    "dense_experts(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor vectors, "
+    "int level) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # it waits for the device, to know which experts it needs
 )
 _library.define(
-    "dense_linear(Tensor x, Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, "
-    "Tensor? bias, Tensor? low, int level) -> Tensor"
+    "dense_linear(Tensor x, Tensor slices, Tensor scales, Tensor vectors, Tensor? bias, "
+    "Tensor? low, int level) -> Tensor"
 )
 _library.define(
-    "dequantize(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, Tensor? low, "
-    "int level, ScalarType dtype) -> Tensor"
+    "dequantize(Tensor slices, Tensor scales, Tensor vectors, Tensor? low, int level, "
+    "ScalarType dtype) -> Tensor"
 )
-_library.define(  # for CPUs only, into a buffer
-    "dequantize_transposed(Tensor slices, Tensor scales, Tensor row_scale, Tensor gains, "
-    "Tensor? low, int level, int stored, Tensor(a!) out) -> ()"
+_library.define(  # for CPUs only, some tiles into a buffer
+    "dequantize_transposed(Tensor slices, Tensor scales, Tensor vectors, Tensor? low, int level, "
+    "int stored, int first, Tensor(a!) out) -> ()"
 )
 
 
@@ -86,10 +85,7 @@ def _decode_linears_cuda(
     x: Tensor,
     slices: Sequence[Tensor],
     scales: Sequence[Tensor],
-    row_scales: Sequence[Tensor],
-    sensitivities: Sequence[Tensor],
-    thresholds: Sequence[Tensor],
-    gains: Sequence[Tensor],
+    vectors: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     lows: Sequence[Tensor | None],
     levels: Sequence[int],
@@ -98,41 +94,22 @@ def _decode_linears_cuda(
         from grinqh_ao.ops.triton import decode
 
         if decode.supports(x, slices, lows):
-            tensors = zip(
-                slices, scales, row_scales, sensitivities, thresholds, gains, biases, lows,
-                strict=True,
-            )  # fmt: skip
+            tensors = zip(slices, scales, vectors, biases, lows, strict=True)
             with torch.cuda.device(x.device):
                 return decode.decode_linears(x, [decode.Weight(*t) for t in tensors], levels)
-    return oracle.decode_linears(
-        x, slices, scales, row_scales, sensitivities, thresholds, gains, biases, lows, levels
-    )
+    return oracle.decode_linears(x, slices, scales, vectors, biases, lows, levels)
 
 
 def _decode_linear_cuda(
     x: Tensor,
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    sensitivity: Tensor,
-    thresholds: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     bias: Tensor | None,
     low: Tensor | None,
     levels: Sequence[int],
 ) -> Tensor:
-    return _decode_linears_cuda(
-        x,
-        [slices],
-        [scales],
-        [row_scale],
-        [sensitivity],
-        [thresholds],
-        [gains],
-        [bias],
-        [low],
-        levels,
-    )[0]
+    return _decode_linears_cuda(x, [slices], [scales], [vectors], [bias], [low], levels)[0]
 
 
 def _decode_experts_cuda(
@@ -140,13 +117,10 @@ def _decode_experts_cuda(
     experts: Tensor,
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    sensitivity: Tensor,
-    thresholds: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     levels: Sequence[int],
 ) -> Tensor:
-    stack = (slices, scales, row_scale, sensitivity, thresholds, gains)
+    stack = (slices, scales, vectors)
     if _has_triton():
         from grinqh_ao.ops.triton import decode
 
@@ -160,18 +134,17 @@ def _decode_experts_cuda(
 def _dequantize_cuda(
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     low: Tensor | None,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
     if dtype == torch.float64 or not _has_triton():
-        return oracle.dequantize(slices, scales, row_scale, gains, low, level, dtype)
+        return oracle.dequantize(slices, scales, vectors, low, level, dtype)
     from grinqh_ao.ops.triton.dequantize import dequantize as kernel
 
     with torch.cuda.device(slices.device):
-        return kernel(slices, scales, row_scale, gains, low, level, dtype)
+        return kernel(slices, scales, vectors, low, level, dtype)
 
 
 _library.impl("decode_linear", _decode_linear_cuda, "CUDA")
@@ -185,15 +158,12 @@ def _(
     x: Tensor,
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    sensitivity: Tensor,
-    thresholds: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     bias: Tensor | None,
     low: Tensor | None,
     levels: Sequence[int],
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+    return x.new_empty(*x.shape[:-1], outputs_of(vectors, x.shape[-1]))
 
 
 @torch.library.register_fake("grinqh::decode_linears")
@@ -201,15 +171,12 @@ def _(
     x: Tensor,
     slices: Sequence[Tensor],
     scales: Sequence[Tensor],
-    row_scales: Sequence[Tensor],
-    sensitivities: Sequence[Tensor],
-    thresholds: Sequence[Tensor],
-    gains: Sequence[Tensor],
+    vectors: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     lows: Sequence[Tensor | None],
     levels: Sequence[int],
 ) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], row_scale.shape[0]) for row_scale in row_scales]
+    return [x.new_empty(*x.shape[:-1], outputs_of(v, x.shape[-1])) for v in vectors]
 
 
 @torch.library.register_fake("grinqh::decode_experts")
@@ -219,10 +186,10 @@ def _(
     experts: Tensor,
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
+    vectors: Tensor,
     *rest: object,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], row_scale.shape[1])
+    return x.new_empty(x.shape[0], outputs_of(vectors, x.shape[1]))
 
 
 @torch.library.register_fake("grinqh::dense_linear")
@@ -230,23 +197,23 @@ def _(
     x: Tensor,
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
+    vectors: Tensor,
     *rest: object,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+    return x.new_empty(*x.shape[:-1], outputs_of(vectors, x.shape[-1]))
 
 
 @torch.library.register_fake("grinqh::dequantize")
 def _(
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     low: Tensor | None,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return slices.new_empty(row_scale.shape[0], scales.shape[1], dtype=dtype)
+    k = scales.shape[1]
+    return slices.new_empty(outputs_of(vectors, k), k, dtype=dtype)
 
 
 decode_linear: Callable[..., Tensor] = torch.ops.grinqh.decode_linear.default

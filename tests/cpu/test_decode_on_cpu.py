@@ -46,8 +46,7 @@ def machine(request, tmp_path_factory):
 
 def decoded(x, weight, bias=None):
     return ops.decode_linear(
-        x, weight.slices, weight.scales, weight.row_scale, weight.sensitivity, weight.thresholds,
-        weight.gains, bias, weight.low, weight.levels,
+        x, weight.slices, weight.scales, weight.vectors, bias, weight.low, weight.levels,
     )  # fmt: skip
 
 
@@ -165,12 +164,11 @@ def test_several_weights_in_one_call(machine):
     weights = [GrinqhTensor.from_hp(torch.randn(n, 150), bits) for n, bits in ((70, 2), (600, 4))]
     x = laplace(3, 150)
     biases = [None, torch.randn(600)]
-    lists = zip(*((w.slices, w.scales, w.row_scale, w.sensitivity, w.thresholds, w.gains)
-                  for w in weights), strict=True)  # fmt: skip
+    lists = zip(*((w.slices, w.scales, w.vectors) for w in weights), strict=True)
     found = ops.decode_linears(x, *map(list, lists), biases, [None, None], weights[0].levels)
     for one, weight, bias in zip(found, weights, biases, strict=True):
         assert torch.equal(one, decoded(x, weight, bias))
-    assert ops.decode_linears(x, *([[]] * 8), weights[0].levels) == []
+    assert ops.decode_linears(x, *([[]] * 5), weights[0].levels) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -191,17 +189,13 @@ def test_what_does_not_fit_is_refused(machine):
     )
     with pytest.raises(RuntimeError, match="x has 41 channels, the weight 40"):
         decoded(torch.randn(1, 41), weight)
-    for name in ("slices", "scales", "row_scale", "sensitivity"):
+    for name in ("slices", "scales", "vectors"):
         wrong = weight.with_data(lambda data: data)
         setattr(wrong, name, getattr(other, name))
         with pytest.raises(RuntimeError, match=r"channels|not fit"):
             decoded(torch.randn(1, 40), wrong)
     with pytest.raises(RuntimeError, match="bias does not fit 70 outputs"):
         decoded(torch.randn(1, 40), weight, torch.randn(71))
-    weight.levels = (0, 2, 8)
-    with pytest.raises(RuntimeError, match="thresholds or gains do not fit 3 levels"):
-        decoded(torch.randn(1, 40), weight)
-    weight.levels = (0, 2, 4, 6, 8)
     with pytest.raises(RuntimeError, match="expected scalar type Int"):
         decoded(torch.randn(1, 40), weight.with_data(lambda data: data.double()))
     wide = GrinqhTensor.from_hp(torch.randn(192, 40))

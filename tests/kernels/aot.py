@@ -37,10 +37,7 @@ DECODE = {
     # One weight; see members.py.
     "slices": ("*i32",),
     "scales": ("*u8",),
-    "row_scale": ("*bf16",),
-    "sensitivity": ("*bf16",),
-    "thresholds": ("*fp32",),
-    "gains": ("*fp32",),
+    "vectors": ("*fp32",),
     "bias": ("*bf16",),
     "low": ("*i32",),
     "experts": "*i64",
@@ -61,8 +58,7 @@ DECODE = {
 DEQUANTIZE = {
     "slices": "*i32",
     "scales": "*u8",
-    "row_scale": "*bf16",
-    "gains": "*fp32",
+    "vectors": "*fp32",
     "low": "*i32",
     "out": "*bf16",
     "n": "i32",

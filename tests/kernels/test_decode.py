@@ -23,7 +23,7 @@ DTYPES = list(TOLERANCE)
 def decode_together(x, weights, biases, chunk=None):
     counters = torch.zeros(sum(w.slices.shape[0] for w in weights), dtype=torch.int32)
     arguments = [
-        Weight(w.slices, w.scales, w.row_scale, w.sensitivity, w.thresholds, w.gains, bias, w.low)
+        Weight(w.slices, w.scales, w.vectors, bias, w.low)
         for w, bias in zip(weights, biases, strict=True)
     ]
     chunk = chunk or x.shape[-1]
@@ -210,8 +210,7 @@ def test_experts(n, dtype):
     experts = torch.tensor([2, 0, 2])
     x = laplace(3, 40).to(dtype)
     arguments = Weight(
-        stack.slices, stack.scales, stack.row_scale, stack.sensitivity, stack.thresholds,
-        stack.gains, None, None,
+        stack.slices, stack.scales, stack.vectors, None, None,
     )  # fmt: skip
     counters = torch.zeros(3 * stack.slices.shape[1], dtype=torch.int32)
     (found,) = launch(x, [arguments], stack.levels, 25, counters, 90, True, experts)

@@ -27,7 +27,7 @@ def weights(draw) -> GrinqhTensor:
 
 
 def arguments_of(weight: GrinqhTensor) -> tuple:
-    return weight.slices, weight.scales, weight.row_scale, weight.gains, weight.low
+    return weight.slices, weight.scales, weight.vectors, weight.low
 
 
 @settings(max_examples=12)
@@ -59,5 +59,5 @@ def test_arguments_need_not_be_contiguous():
     weight = GrinqhTensor.from_hp(torch.randn(100, 30))
     slices = weight.slices.transpose(1, 2).contiguous().transpose(1, 2)
     scales = weight.scales.transpose(1, 2).contiguous().transpose(1, 2)
-    arguments = (slices, scales, weight.row_scale, weight.gains, None, 8, torch.float32)
+    arguments = (slices, scales, weight.vectors, None, 8, torch.float32)
     torch.testing.assert_close(dequantize(*arguments), oracle.dequantize(*arguments))

@@ -13,6 +13,7 @@ from torch import Tensor
 from grinqh_ao.ops import oracle
 from grinqh_ao.ops.cpu.build import kernels
 from grinqh_ao.slices import FIELDS_PER_WORD
+from grinqh_ao.vectors import outputs_of
 
 BLOCK_WEIGHTS = 1 << 21
 
@@ -20,16 +21,16 @@ BLOCK_WEIGHTS = 1 << 21
 def dequantize(
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     low: Tensor | None,
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight = (slices, scales, row_scale, gains, low)
+    weight = (slices, scales, vectors, low)
     if not supports(slices, level, dtype):
         return oracle.dequantize(*weight, level, dtype)
-    dense = torch.empty(row_scale.shape[0], scales.shape[1], dtype=dtype)
+    k = scales.shape[1]
+    dense = torch.empty(outputs_of(vectors, k), k, dtype=dtype)
     for rows, transposed in _blocks(*weight, level, dtype):
         dense[rows] = transposed.t()
     return dense
@@ -39,16 +40,15 @@ def dense_linear(
     x: Tensor,
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     bias: Tensor | None,
     low: Tensor | None,
     level: int,
 ) -> Tensor:
-    weight = (slices, scales, row_scale, gains)
+    weight = (slices, scales, vectors)
     if not supports(slices, level, x.dtype):
         return oracle.dense_linear(x, *weight, bias, low, level)
-    y = x.new_empty(*x.shape[:-1], row_scale.shape[0])
+    y = x.new_empty(*x.shape[:-1], outputs_of(vectors, x.shape[-1]))
     flat, into = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for rows, transposed in _blocks(*weight, low, level, x.dtype):
         if bias is None:
@@ -67,8 +67,7 @@ def supports(slices: Tensor, level: int, dtype: torch.dtype) -> bool:
 def _blocks(
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     low: Tensor | None,
     level: int,
     dtype: torch.dtype,
@@ -76,15 +75,15 @@ def _blocks(
     """Runs of outputs, and their weights [K, outputs]; the next run overwrites them."""
     tiles, k = scales.shape[:2]
     lines, words = slices.shape[1:]
-    tile, n = words * FIELDS_PER_WORD, row_scale.shape[0]
+    tile, n = words * FIELDS_PER_WORD, outputs_of(vectors, k)
     stored = 2 * lines // k if low is None else 8  # bits
     run = max(1, BLOCK_WEIGHTS // (k * tile))
     buffer = torch.empty(k * min(run, tiles) * tile, dtype=dtype)
     for first in range(0, tiles, run):
-        some = slice(first, min(first + run, tiles))
-        rows = slice(first * tile, min(some.stop * tile, n))
-        dense = buffer[: k * (some.stop - first) * tile].view(k, -1)
+        stop = min(first + run, tiles)
+        rows = slice(first * tile, min(stop * tile, n))
+        dense = buffer[: k * (stop - first) * tile].view(k, -1)
         torch.ops.grinqh.dequantize_transposed(
-            slices[some], scales[some], row_scale[rows], gains, low, level, stored, dense
+            slices, scales, vectors, low, level, stored, first, dense
         )
         yield rows, dense[:, : rows.stop - rows.start]

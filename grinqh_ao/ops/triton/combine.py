@@ -15,7 +15,7 @@ import triton.language as tl
 def combine(
     partial,  # float32 [splits, ROWS, padded], outputs of all weights, each padded to tiles
     arrivals,  # int32 [all tiles], zero before and after
-    row_scale,  # bfloat16 [n]
+    row_scale,  # float32 [n]
     bias,  # [n] or None
     out,  # [rows, n]
     tile,  # of all weights
@@ -38,7 +38,7 @@ def combine(
         column = tl.arange(0, TILE)[None, :]
         output = tile_of_weight * TILE + column
         inside = output < n
-        scale = tl.load(row_scale + output, mask=inside, other=0).to(tl.float32)
+        scale = tl.load(row_scale + output, mask=inside, other=0)
         for r in range(rows):
             total = tl.zeros((1, TILE), tl.float32)
             for start in range(0, splits, SPLITS_AT_ONCE):

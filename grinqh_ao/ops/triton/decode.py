@@ -21,6 +21,7 @@ from grinqh_ao.ops.triton.arrivals import MOST_TILES, arrivals
 from grinqh_ao.ops.triton.configurations import WARPS, chunk_length, depth, most_registers
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
 from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel
+from grinqh_ao.vectors import outputs_of
 
 LARGEST_MEAN_BLOCK = 8192
 SUMS_AT_ONCE = 8192
@@ -40,10 +41,7 @@ class Weight(NamedTuple):
 
     slices: Tensor
     scales: Tensor
-    row_scale: Tensor
-    sensitivity: Tensor
-    thresholds: Tensor
-    gains: Tensor
+    vectors: Tensor
     bias: Tensor | None
     low: Tensor | None
 
@@ -135,8 +133,8 @@ def launch(
     def of_each(name: str) -> tuple[Tensor, ...]:
         return tuple(getattr(weight, name).contiguous() for weight in weights)
 
-    slices, row_scales = of_each("slices"), of_each("row_scale")
-    n = tuple(row_scale.shape[-1] for row_scale in row_scales)
+    slices, vectors = of_each("slices"), of_each("vectors")
+    n = tuple(outputs_of(each, k) for each in vectors)
     biases = None
     if any(weight.bias is not None for weight in weights):
         biases = tuple(
@@ -156,10 +154,7 @@ def launch(
         x.contiguous(),
         slices,
         of_each("scales"),
-        row_scales,
-        of_each("sensitivity"),
-        of_each("thresholds"),
-        of_each("gains"),
+        vectors,
         biases,
         None if weights[0].low is None else of_each("low"),
         None if experts is None else experts.contiguous(),

@@ -26,6 +26,7 @@ from grinqh_ao.ops.triton.lists import (
     has_singles,
     merge,
     power_of_two,
+    row_scale_at,
     scales_of,
     value_of,
     words_of,
@@ -136,10 +137,7 @@ def decode_mma_kernel(
     # Of each weight, in tuples:
     slices,  # int32 [tiles, lines, WORDS]
     scales,  # uint8 [tiles, k, WORDS / 4]
-    row_scale,  # bfloat16 [n]
-    sensitivity,  # bfloat16 [k]
-    thresholds,  # float32 [2, len(LEVELS) - 1]
-    gains,  # float32 [4]
+    vectors,  # float32 [L], see vectors.py
     bias,  # [n]; or None, for all
     low,  # int32 [k]; or None, for all
     experts,  # int64 [slots]; or None, see members.py
@@ -171,9 +169,7 @@ def decode_mma_kernel(
     member, tile_of_weight = find(tile, tiles)
     slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
     scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
-    sensitivity = pick(member, sensitivity)
-    thresholds = pick(member, thresholds)
-    gains = pick(member, gains)
+    this = pick(member, vectors)
     program = (split * all_tiles + tile).to(tl.int64)
     if experts is not None:
         slot = tl.program_id(2)
@@ -181,9 +177,7 @@ def decode_mma_kernel(
         expert = tl.load(experts + slot)
         slices += expert * all_tiles * lines[0] * WORDS
         scales += expert * all_tiles * k * (WORDS // 4)
-        sensitivity += expert * k
-        thresholds += expert * (2 * (len(LEVELS) - 1))
-        gains += expert * 4
+        this += expert * (row_scale_at(k) + n[0])
         x += slot * k
     DEPTH: tl.constexpr = depth(ROWS, BLOCK)
     PAIRS: tl.constexpr = 8 * DEPTH * NUM_WARPS  # entries per step
@@ -200,7 +194,7 @@ def decode_mma_kernel(
     entries += program * capacity * ENTRY
     single_entries = entries + (2 * chunk + PADDING) * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, sensitivity, thresholds, gains, None if low is None else pick(member, low), entries,
+        x, this, None if low is None else pick(member, low), entries,
         single_entries, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()
@@ -307,10 +301,10 @@ def decode_mma_kernel(
         tl.store(partial_tile + r * all_tiles * TILE + output, total * power_of_two(-exponent))
     # Not before the loops: there are no registers to keep it in.
     n = pick(member, n)
-    row_scale = pick(member, row_scale)
+    row_scale = pick(member, vectors) + row_scale_at(k)
     out = pick(member, out)
     if experts is not None:
-        row_scale += tl.load(experts + tl.program_id(2)) * n
+        row_scale += tl.load(experts + tl.program_id(2)) * (row_scale_at(k) + n)
         out += tl.program_id(2) * n
     combine(
         partial, arrivals, row_scale, None if bias is None else pick(member, bias), out, tile,

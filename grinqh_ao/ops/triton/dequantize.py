@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.ops.triton.lists import GAINS_AT, row_scale_at
 from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_SLICES
+from grinqh_ao.vectors import outputs_of
 
 # Words of one slice per program: 64 channels of the widest tile, more of narrower ones.
 BLOCK_WORDS = 2048
@@ -28,8 +30,7 @@ HIGH_LINES = tl.constexpr(HIGH_SLICES)
 def dequantize_kernel(
     slices,  # int32 [tiles, lines, words]
     scales,  # uint8 [tiles, K, words / 4]
-    row_scale,  # bfloat16 [N]
-    gains,  # float32 [4]
+    vectors,  # float32 [L], see vectors.py
     low,  # int32 [K] in compact storage, else None
     out,  # [N, K]
     n,
@@ -45,6 +46,8 @@ def dequantize_kernel(
     word = tl.arange(0, WORDS)
     inside = channel < k
     row = tile * k + channel  # of scales
+    gains = vectors + GAINS_AT
+    row_scale = vectors + row_scale_at(k)
     HIGH: tl.constexpr = min(STORED, HIGH_LINES)
     low_place = channel
     if low is not None:
@@ -80,7 +83,7 @@ def dequantize_kernel(
             for s in tl.static_range(1, SLICES):
                 code = (code << 2) | ((words[s] >> (2 * field)) & 3)
             output = tile * (FIELDS * WORDS) + field * WORDS + word
-            by_output = tl.load(row_scale + output, mask=output < n, other=0).to(tl.float32)
+            by_output = tl.load(row_scale + output, mask=output < n, other=0)
             value = gain * ((code.to(tl.float32) + middle) * STEP + LOWEST)
             dense = value * scale[:, None] * by_output[None, :]
             if out.dtype.element_ty == tl.float16:  # rounding up must not give infinity
@@ -94,8 +97,7 @@ def dequantize_kernel(
 def dequantize(
     slices: Tensor,
     scales: Tensor,
-    row_scale: Tensor,
-    gains: Tensor,
+    vectors: Tensor,
     low: Tensor | None,
     level: int,
     dtype: torch.dtype,
@@ -103,17 +105,15 @@ def dequantize(
     """See :func:`grinqh_ao.ops.oracle.dequantize`; float32, float16 and bfloat16 results."""
     tiles, k, _ = scales.shape
     lines, words = slices.shape[1:]
-    n = row_scale.shape[0]
+    n = outputs_of(vectors, k)
     if level == 0:
         return torch.zeros(n, k, dtype=dtype, device=slices.device)
     out = torch.empty(n, k, dtype=dtype, device=slices.device)
-    slices, scales, row_scale = slices.contiguous(), scales.contiguous(), row_scale.contiguous()
     block_k = BLOCK_WORDS // words
     dequantize_kernel[(tiles, triton.cdiv(k, block_k))](
-        slices,
-        scales,
-        row_scale,
-        gains.contiguous(),
+        slices.contiguous(),
+        scales.contiguous(),
+        vectors.contiguous(),
         low,
         out,
         n,

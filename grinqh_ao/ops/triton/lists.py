@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grinqh_ao import vectors as layout
 from grinqh_ao.slices import HIGH_SLICES
 
 # A scale code c stands for 2 ** ((c - 255) / 16), and 0 for 0: see codec.decode_scales.
@@ -28,6 +29,8 @@ TOP_OCTAVE = tl.constexpr(-255 / 16)
 # (a & ~mask) | (b & mask); the last number is the truth table of that.
 SELECT = tl.constexpr("lop3.b32 $0, $1, $2, 0x33333333, 0xd8;")
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+GAINS_AT = tl.constexpr(layout.GAINS_AT)
+SENSITIVITY_AT = tl.constexpr(layout.SENSITIVITY_AT)
 
 
 @triton.constexpr_function
@@ -52,12 +55,18 @@ def low_lines(levels):
 
 
 @triton.jit
+def row_scale_at(k):
+    """See vectors.py."""
+    return SENSITIVITY_AT + (k + 3) // 4 * 4
+
+
+@triton.jit
 def mean_magnitude(x, sensitivity, k, BLOCK: tl.constexpr):
     """Mean of |x| * sensitivity of one row [k], in the same order in every program."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, k, BLOCK):
         channel = start + tl.arange(0, BLOCK)
-        weighs = tl.load(sensitivity + channel, mask=channel < k, other=0).to(tl.float32)
+        weighs = tl.load(sensitivity + channel, mask=channel < k, other=0)
         total += weighs * tl.abs(tl.load(x + channel, mask=channel < k, other=0).to(tl.float32))
     return tl.sum(total, 0) / k
 
@@ -112,9 +121,7 @@ def scales_of(scales, entry):
 @triton.jit
 def build_lists(
     x,  # [rows, k]
-    sensitivity,  # bfloat16 [k]
-    thresholds,  # float32 [2, len(LEVELS) - 1]
-    gains,  # float32 [4]
+    vectors,  # float32 [L], see vectors.py
     low,  # int32 [k] in compact storage, else None
     pair_entries,  # int64 [2 * chunk + PADDING, 1 + ROWS]
     single_entries,  # int64 [chunk + PADDING, 1 + ROWS]
@@ -138,6 +145,9 @@ def build_lists(
     """
     ENTRY: tl.constexpr = 1 + ROWS
     STEPS: tl.constexpr = len(LEVELS) - 1
+    thresholds = vectors
+    gains = vectors + GAINS_AT
+    sensitivity = vectors + SENSITIVITY_AT
     channel = first + tl.arange(0, BLOCK)
     inside = channel < last
 
@@ -147,7 +157,7 @@ def build_lists(
 
     # Several rows share what is read: a channel's level is the highest that any of them asks for.
     slices = tl.zeros((BLOCK,), tl.int32)
-    weighs = tl.load(sensitivity + channel, mask=inside, other=0).to(tl.float32)
+    weighs = tl.load(sensitivity + channel, mask=inside, other=0)
     largest = 0.0
     for r in range(ROWS):
         mask = inside & (r < rows)

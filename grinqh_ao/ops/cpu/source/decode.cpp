@@ -23,7 +23,7 @@ void write_tile(const Call& call, const Weight& weight, const Lists& lists, int6
     auto* out = (T*)weight.out + row * weight.n;
     for (int64_t i = 0; i < here; ++i) {
       const int64_t n = first + i;
-      const float y = sums[row * tile + i] * (float)weight.row_scale[n] * lists.unit[row];
+      const float y = sums[row * tile + i] * weight.row_scale[n] * lists.unit[row];
       out[n] = bias ? y + (float)bias[n] : y;
     }
   }

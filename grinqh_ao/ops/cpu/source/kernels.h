@@ -48,17 +48,22 @@ struct Call {
   int64_t padded_rows() const { return rows + (rows % 4 == 3); }
 };
 
+// Parts of a weight's vectors: see vectors.py.
+constexpr int64_t GAINS_AT = 8;
+constexpr int64_t SENSITIVITY_AT = 12;
+inline int64_t row_scale_at(int64_t k) { return SENSITIVITY_AT + (k + 3) / 4 * 4; }
+
 struct Weight {
-  const void* x;                // [rows, k]
-  const uint32_t* slices;       // [tiles, lines, words]
-  const uint8_t* scales;        // [tiles, k, tile / 64]
-  const BFloat16* row_scale;    // [n]
-  const BFloat16* sensitivity;  // [k]
-  const float* thresholds;      // [2, levels - 1]
-  const float* gains;           // [4]
-  const void* bias;             // [n] or null
-  const int32_t* low;           // [k] in compact storage, else null
-  void* out;                    // [rows, n]
+  const void* x;             // [rows, k]
+  const uint32_t* slices;    // [tiles, lines, words]
+  const uint8_t* scales;     // [tiles, k, tile / 64]
+  const float* thresholds;   // [2, levels - 1]
+  const float* gains;        // [4]
+  const float* sensitivity;  // [k]
+  const float* row_scale;    // [n]
+  const void* bias;          // [n] or null
+  const int32_t* low;        // [k] in compact storage, else null
+  void* out;                 // [rows, n]
   int64_t n;
   int64_t lines;
   int64_t words;

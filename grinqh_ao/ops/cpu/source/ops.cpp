@@ -43,14 +43,14 @@ std::optional<Dtype> dtype_of(const Tensor& x) {
 
 // The tensors of a weight [N, K], or of a stack of them, as ops/oracle.py describes them.
 struct Stored {
-  Tensor slices, scales, row_scale, sensitivity, thresholds, gains;
+  Tensor slices, scales, vectors;
   Maybe bias = {}, low = {};
 
-  int64_t n() const { return row_scale.size(-1); }
+  int64_t k() const { return scales.size(-2); }
+  int64_t n() const { return vectors.size(-1) - row_scale_at(k()); }
 
   void make_contiguous(ScalarType dtype) {
-    for (Tensor* t : {&slices, &scales, &row_scale, &sensitivity, &thresholds, &gains})
-      *t = in_order(*t);
+    for (Tensor* t : {&slices, &scales, &vectors}) *t = in_order(*t);
     if (bias) {
       const bool as_is = bias->scalar_type() == dtype;
       bias = in_order(as_is ? *bias : torch::stable::to(*bias, dtype));
@@ -58,19 +58,20 @@ struct Stored {
     if (low) low = in_order(*low);
   }
 
-  // Where it lies, or where weight number `expert` of a stack lies.
+  // Where it lies, or where weight number `expert` of a stack lies; contiguous.
   Weight at(int64_t expert, const void* x, void* out) const {
     const auto start = [expert](const Tensor& tensor) {
       return expert ? expert * (tensor.numel() / tensor.size(0)) : 0;
     };
+    const float* const parts = vectors.const_data_ptr<float>() + start(vectors);
     return {
         x,
         (const uint32_t*)slices.const_data_ptr<int32_t>() + start(slices),
         scales.const_data_ptr<uint8_t>() + start(scales),
-        (const BFloat16*)row_scale.const_data_ptr() + start(row_scale),
-        (const BFloat16*)sensitivity.const_data_ptr() + start(sensitivity),
-        thresholds.const_data_ptr<float>() + start(thresholds),
-        gains.const_data_ptr<float>() + start(gains),
+        parts,
+        parts + GAINS_AT,
+        parts + SENSITIVITY_AT,
+        parts + row_scale_at(k()),
         bias ? bias->const_data_ptr() : nullptr,
         low ? low->const_data_ptr<int32_t>() : nullptr,
         out,
@@ -92,20 +93,16 @@ void check_shapes(const Stored& weight, int64_t k, const Levels& levels) {
   const int64_t n = weight.n(), lines = levels.back() / 2 * k;
   STD_TORCH_CHECK(tile == 64 || tile == 128 || tile == 256 || tile == 512, "slices of tiles of ",
                   tile, " outputs: expected 64, 128, 256 or 512");
-  STD_TORCH_CHECK(weight.scales.size(-2) == k && weight.sensitivity.size(-1) == k, "x has ", k,
-                  " channels, the weight ", weight.scales.size(-2));
+  STD_TORCH_CHECK(weight.k() == k, "x has ", k, " channels, the weight ", weight.k());
   STD_TORCH_CHECK(weight.scales.size(-3) == tiles && weight.scales.size(-1) * SCALE_GROUP == tile,
                   "scales do not fit the slices: expected [", tiles, ", ", k, ", ",
                   tile / SCALE_GROUP, "]");
-  STD_TORCH_CHECK((n + tile - 1) / tile == tiles, "row_scale of ", n, " outputs does not fit ",
-                  tiles, " tiles of ", tile);
+  STD_TORCH_CHECK((n + tile - 1) / tile == tiles, "vectors for ", n, " outputs do not fit ", tiles,
+                  " tiles of ", tile);
   STD_TORCH_CHECK(weight.low || weight.slices.size(-2) == lines, "slices do not fit: expected ",
                   lines, " lines, not ", weight.slices.size(-2));
   STD_TORCH_CHECK(!weight.low || weight.low->numel() == k, "low does not fit ", k, " channels");
   STD_TORCH_CHECK(!weight.bias || weight.bias->numel() == n, "bias does not fit ", n, " outputs");
-  STD_TORCH_CHECK(weight.thresholds.size(-1) + 1 == (int64_t)levels.size() &&
-                      weight.thresholds.size(-2) == 2 && weight.gains.size(-1) == 4,
-                  "thresholds or gains do not fit ", levels.size(), " levels");
 }
 
 Call call_of(Dtype dtype, int64_t rows, int64_t k, const Levels& levels) {
@@ -146,7 +143,7 @@ std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
   std::vector<Tensor> outs;
   std::vector<Weight> weights;
   for (Stored& weight : stored) {
-    if (weight.n() == 0) return {};
+    if (weight.n() <= 0) return {};
     check_shapes(weight, k, levels);
     weight.make_contiguous(x.scalar_type());
     shape.back() = weight.n();
@@ -158,43 +155,39 @@ std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
 }
 
 Tensor decode_linear(const Tensor& x, const Tensor& slices, const Tensor& scales,
-                     const Tensor& row_scale, const Tensor& sensitivity, const Tensor& thresholds,
-                     const Tensor& gains, const Maybe& bias, const Maybe& low,
+                     const Tensor& vectors, const Maybe& bias, const Maybe& low,
                      const Levels& levels) {
-  std::vector<Stored> weight{
-      {slices, scales, row_scale, sensitivity, thresholds, gains, bias, low}};
+  std::vector<Stored> weight{{slices, scales, vectors, bias, low}};
   const auto outs = decode_all(x, weight, levels);
   if (!outs.empty()) return outs[0];
-  return oracle<Tensor>("grinqh::decode_linear", x, slices, scales, row_scale, sensitivity,
-                        thresholds, gains, bias, low, levels);
+  return oracle<Tensor>("grinqh::decode_linear", x, slices, scales, vectors, bias, low,
+                        levels);
 }
 
-std::vector<Tensor> decode_linears(
-    const Tensor& x, const std::vector<Tensor>& slices, const std::vector<Tensor>& scales,
-    const std::vector<Tensor>& row_scales, const std::vector<Tensor>& sensitivities,
-    const std::vector<Tensor>& thresholds, const std::vector<Tensor>& gains,
-    const std::vector<Maybe>& biases, const std::vector<Maybe>& lows, const Levels& levels) {
+std::vector<Tensor> decode_linears(const Tensor& x, const std::vector<Tensor>& slices,
+                                   const std::vector<Tensor>& scales,
+                                   const std::vector<Tensor>& vectors,
+                                   const std::vector<Maybe>& biases, const std::vector<Maybe>& lows,
+                                   const Levels& levels) {
   std::vector<Stored> weights;
   for (size_t i = 0; i < slices.size(); ++i)
-    weights.push_back({slices[i], scales.at(i), row_scales.at(i), sensitivities.at(i),
-                       thresholds.at(i), gains.at(i), biases.at(i), lows.at(i)});
+    weights.push_back({slices[i], scales.at(i), vectors.at(i), biases.at(i), lows.at(i)});
   auto outs = decode_all(x, weights, levels);
   if (outs.size() == weights.size()) return outs;
-  return oracle<std::vector<Tensor>>("grinqh::decode_linears", x, slices, scales, row_scales,
-                                     sensitivities, thresholds, gains, biases, lows, levels);
+  return oracle<std::vector<Tensor>>("grinqh::decode_linears", x, slices, scales, vectors,
+                                     biases, lows, levels);
 }
 
 Tensor decode_experts(const Tensor& given, const Tensor& experts, const Tensor& slices,
-                      const Tensor& scales, const Tensor& row_scale, const Tensor& sensitivity,
-                      const Tensor& thresholds, const Tensor& gains, const Levels& levels) {
+                      const Tensor& scales, const Tensor& vectors, const Levels& levels) {
   const auto left_to_the_oracle = [&] {
-    return oracle<Tensor>("grinqh::decode_experts", given, experts, slices, scales, row_scale,
-                          sensitivity, thresholds, gains, levels);
+    return oracle<Tensor>("grinqh::decode_experts", given, experts, slices, scales, vectors,
+                          levels);
   };
   check_levels(levels);
   const auto dtype = dtype_of(given);
-  Stored stack{slices, scales, row_scale, sensitivity, thresholds, gains};
-  if (!dtype || given.numel() == 0 || stack.n() == 0) return left_to_the_oracle();
+  Stored stack{slices, scales, vectors};
+  if (!dtype || given.numel() == 0 || stack.n() <= 0) return left_to_the_oracle();
   const int64_t tokens = given.size(0), k = given.size(1), n = stack.n();
   check_shapes(stack, k, levels);
   stack.make_contiguous(given.scalar_type());
@@ -213,18 +206,26 @@ Tensor decode_experts(const Tensor& given, const Tensor& experts, const Tensor& 
   return out;
 }
 
-// The weight at `level`, transposed: to out [K, tiles * tile].
-void dequantize_transposed(const Tensor& slices, const Tensor& scales, const Tensor& row_scale,
-                           const Tensor& gains, const Maybe& low, int64_t level, int64_t stored,
+// Tiles from `first` on at `level`, transposed, as many as out [K, tiles * tile] has room for.
+void dequantize_transposed(const Tensor& slices, const Tensor& scales, const Tensor& vectors,
+                           const Maybe& low, int64_t level, int64_t stored, int64_t first,
                            Tensor& out) {
   const auto dtype = dtype_of(out);
-  const int64_t k = scales.size(1);
-  Stored weight{slices, scales, row_scale, row_scale, gains, gains, {}, low};
-  weight.make_contiguous(out.scalar_type());
-  STD_TORCH_CHECK(dtype && out.is_contiguous() && 0 < level && level <= stored &&
-                      out.numel() == k * slices.size(0) * slices.size(2) * FIELDS_PER_WORD,
+  Stored weight{slices, scales, vectors, {}, low};
+  const int64_t k = weight.k(), tile = slices.size(2) * FIELDS_PER_WORD;
+  const int64_t tiles = out.size(1) / tile;
+  check_shapes(weight, k, {stored});
+  STD_TORCH_CHECK(dtype && out.is_contiguous() && 0 < level && level <= stored && 0 <= first &&
+                      first + tiles <= slices.size(0) && out.size(0) == k &&
+                      out.size(1) == tiles * tile,
                   "out does not fit the weight");
-  dequantize(call_of(*dtype, 0, k, {stored}), weight.at(0, nullptr, out.mutable_data_ptr()), level);
+  weight.make_contiguous(out.scalar_type());
+  Weight some = weight.at(0, nullptr, out.mutable_data_ptr());
+  some.slices += first * some.lines * some.words;
+  some.scales += first * k * (tile / SCALE_GROUP);
+  some.row_scale += first * tile;
+  some.n = std::min(tiles * tile, some.n - first * tile);
+  dequantize(call_of(*dtype, 0, k, {stored}), some, level);
 }
 
 }  // namespace
