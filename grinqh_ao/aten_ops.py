@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from grinqh_ao.parts import part
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 aten = torch.ops.aten
@@ -56,6 +57,22 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
         )
     expert: GrinqhTensor = stack.with_data(lambda data: data.select(0, index))
     return expert
+
+
+@GrinqhTensor.implements(aten.slice.Tensor)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
+    weight, *rest = args
+    given: tuple[Any, ...] = (*rest, *(0, None, None, 1)[len(rest) :])
+    dim, start, stop, step = given
+    dim %= weight.dim()
+    size = weight.shape[dim]
+    start, stop, _ = slice(start, stop).indices(size)
+    if (start, stop, step) == (0, size, 1):
+        same: GrinqhTensor = weight.with_data(lambda data: data)
+        return same
+    if step != 1:
+        raise TypeError(f"slice(step={step}) of a GrinqhTensor: expected a step of 1")
+    return part(weight, dim, start, stop)
 
 
 @GrinqhTensor.implements(aten.equal.default)
@@ -121,7 +138,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}: a GrinqhTensor can present itself as floating point only")
 
-    new = weight.with_data(lambda data: data.to(kwargs.get("device"), copy=True), dtype)
+    new = weight.with_data(lambda data: data.to(kwargs.get("device"), copy=True), dtype=dtype)
     aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
     return aliased
 

@@ -148,6 +148,7 @@ def grade(
     thresholds: Tensor,
     levels: Sequence[int],
     low: Tensor | None = None,
+    mean: Tensor | None = None,
 ) -> Tensor:
     """The level of every channel; graded in float32, whatever the dtype of ``x``.
 
@@ -160,13 +161,16 @@ def grade(
         thresholds: float32 [2, J].
         levels: J + 1, ascending.
         low: int32 [K] in compact storage: channels where it is negative have no low slices.
+        mean: float32 [...], mean magnitudes, where ``x`` has but some of a layer's channels.
 
     Returns:
         uint8 [..., K], bits.
     """
     magnitude = x.abs().float() * sensitivity.float()
     absolute, relative = thresholds
-    row = absolute + relative * magnitude.mean(dim=-1, keepdim=True)  # [..., J]
+    if mean is None:
+        mean = magnitude.mean(dim=-1)
+    row = absolute + relative * mean[..., None]  # [..., J]
     row = row.clamp(max=_FLOAT32_MAX)
     bits = torch.full_like(magnitude, levels[0], dtype=torch.uint8)
     for j, (a, b) in enumerate(itertools.pairwise(levels)):

@@ -86,6 +86,8 @@ class GrinqhTensor(TorchAOBaseTensor):
         levels: the bits a channel may be read at, ascending; J + 1 of them.
         min_bits: ``set_bits`` never asks this weight to read fewer; above 0 for output heads.
         dtype: the dtype the tensor presents itself with; the codes know none.
+        sharing: of a part with some inputs of a weight, (name, K): the process group whose ranks
+            have the others, and inputs of the whole. Else None.
         thresholds: float32 [2, J], what ``set_bits`` changes in place (see :mod:`.grading`).
         gains: float32 [4], of levels 2, 4, 6 and 8 (see :mod:`.codec`).
         sensitivity: float32 [K], what rounding errors in each channel weigh where calibrated,
@@ -96,6 +98,7 @@ class GrinqhTensor(TorchAOBaseTensor):
     tensor_data_names = ["slices", "scales", "vectors"]
     tensor_attribute_names = ["levels", "min_bits", "dtype"]
     optional_tensor_data_names = ["curve", "low"]
+    optional_tensor_attribute_names = ["sharing"]
 
     slices: Tensor
     scales: Tensor
@@ -115,6 +118,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         dtype: torch.dtype,
         curve: Tensor | None = None,
         low: Tensor | None = None,
+        sharing: tuple[str, int] | None = None,
     ) -> GrinqhTensor:
         k = scales.shape[-2]
         shape = (*vectors.shape[:-1], outputs_of(vectors, k), k)
@@ -132,6 +136,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         dtype: torch.dtype,
         curve: Tensor | None = None,
         low: Tensor | None = None,
+        sharing: tuple[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.slices = slices
@@ -139,7 +144,13 @@ class GrinqhTensor(TorchAOBaseTensor):
         self.vectors = vectors
         self.levels = tuple(levels)
         self.min_bits = min_bits
-        self._attributes = {"levels": self.levels, "min_bits": min_bits, "dtype": dtype}
+        self.sharing = sharing
+        self._attributes: dict[str, Any] = {
+            "levels": self.levels,
+            "min_bits": min_bits,
+            "dtype": dtype,
+            "sharing": sharing,
+        }
         self.curve = curve
         self.low = low
 
@@ -228,8 +239,11 @@ class GrinqhTensor(TorchAOBaseTensor):
 
         Raises:
             ValueError: ``curve`` is no curve for this storage, ``bits`` out of range, or the tensor
-                cannot be stored compactly: its levels are without 4 or 8, or it is already.
+                cannot be stored compactly: its levels are without 4 or 8, or it is already; or it
+                has some inputs only of a larger weight.
         """
+        if self.sharing is not None:
+            raise ValueError("a part of a weight cannot be calibrated: calibrate the whole first")
         if kept is not None and not self.can_be_compact:
             raise ValueError(
                 f"kept: {self._quantization_type()} cannot be stored compactly: expected levels "
@@ -332,6 +346,7 @@ class GrinqhTensor(TorchAOBaseTensor):
                 bias,
                 self.low,
                 self.levels,
+                self._shared_mean(x),
             )
         decoded = self._decode_rows(x[..., start:, :], bias)
         if start == 0:
@@ -388,7 +403,20 @@ class GrinqhTensor(TorchAOBaseTensor):
 
     def grade(self, x: Tensor) -> Tensor:
         """uint8 [..., K]: the level that each channel of ``x`` [..., K] is read at."""
-        return grade(x, self.sensitivity, self.thresholds, self.levels, self.low)
+        mean = self._shared_mean(x)
+        return grade(x, self.sensitivity, self.thresholds, self.levels, self.low, mean)
+
+    def _shared_mean(self, x: Tensor) -> Tensor | None:
+        """Of a part with some inputs: float32 [...], the mean magnitudes over all of ``x``."""
+        if self.sharing is None:
+            return None
+        from torch.distributed import _functional_collectives as collectives
+
+        group, k = self.sharing
+        here = (x.abs().float() * self.sensitivity).sum(-1)
+        total = collectives.all_reduce(here, "sum", group)  # type: ignore[arg-type]
+        mean: Tensor = collectives.wait_tensor(total) / k
+        return mean
 
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""
@@ -413,21 +441,17 @@ class GrinqhTensor(TorchAOBaseTensor):
         """Bytes of everything stored for this weight."""
         return sum(getattr(self, name).nbytes for name in self.data_names)
 
-    def with_data(
-        self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
-    ) -> GrinqhTensor:
-        """A tensor like this one, of ``function`` of all its tensor data."""
+    def with_data(self, function: Callable[[Tensor], Tensor], **attributes: Any) -> GrinqhTensor:
+        """A tensor like this one, but for ``attributes``, of ``function`` of all its data."""
         data: dict[str, Any] = {name: function(getattr(self, name)) for name in self.data_names}
-        attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
-        return GrinqhTensor(**data, **(attributes | {"dtype": dtype or self.dtype}))
+        return GrinqhTensor(**data, **(self._attributes | attributes))
 
     @classmethod
     def stack(cls, weights: Sequence[GrinqhTensor]) -> GrinqhTensor:
         """Weights [N, K] with the same levels and data as one [E, N, K]."""
         names = weights[0].data_names
         data: dict[str, Any] = {n: torch.stack([getattr(w, n) for w in weights]) for n in names}
-        attributes = {name: getattr(weights[0], name) for name in cls.tensor_attribute_names}
-        return cls(**data, **attributes)
+        return cls(**data, **weights[0]._attributes)
 
     def _quantization_type(self) -> str:  # what TorchAO asks for
         compact = "" if self.low is None else ", compact"
@@ -437,7 +461,9 @@ class GrinqhTensor(TorchAOBaseTensor):
         # Everything a compiled graph depends on. Names and shapes of the inner tensors too: compact
         # storage differs in them, and graphs of another version of this class may lie on disk.
         inner = ",".join(f"{name}{tuple(getattr(self, name).shape)}" for name in self.data_names)
-        return f"{inner};{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype}"
+        return (
+            f"{inner};{tuple(self.shape)},{self.levels},{self.min_bits},{self.dtype},{self.sharing}"
+        )
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return (

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps
 
 from grinqh_ao.checkpoint import SUFFIXES, from_tensors
@@ -33,8 +34,10 @@ class Quantize(ConversionOps):
         *args: Any,
         full_layer_name: str = "",
         missing_keys: set[str] | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
+        check_whole(model.get_parameter(full_layer_name), full_layer_name)
         (dense,) = input_dict.values()
         dense = dense[0] if isinstance(dense, list) else dense
         layer, is_head = self.hf_quantizer.planned[full_layer_name]
@@ -42,6 +45,8 @@ class Quantize(ConversionOps):
             nested = nested_weight(dense, layer.config, is_head)
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from None
+        if not layer.holds_experts:
+            nested = self.hf_quantizer.cut(nested, model, full_layer_name)
         self.hf_quantizer.weights_since_giving_back += dense.numel()
         if self.hf_quantizer.weights_since_giving_back >= GIVE_BACK_EVERY:
             self.hf_quantizer.weights_since_giving_back = 0
@@ -87,6 +92,7 @@ class Deserialize(ConversionOps):
             suffix = pattern.rpartition(_WEIGHT)[2].removesuffix("$")
             tensors[suffix] = found[0] if isinstance(found, list) else found
         empty = model.get_parameter(full_layer_name)
+        check_whole(empty, full_layer_name)
         weight = from_tensors(
             tensors,
             empty.shape,
@@ -94,11 +100,22 @@ class Deserialize(ConversionOps):
             empty.dtype,
             full_layer_name,
         )
+        weight = self.hf_quantizer.cut(weight, model, full_layer_name)
         return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
 
     @property
     def reverse_op(self) -> ConversionOps:
         raise NotImplementedError("the quantizer flattens weights itself")
+
+
+def check_whole(place: Tensor, name: str) -> None:
+    """Raises ValueError if transformers is about to cut a quantized weight in its own way."""
+    if isinstance(place, DTensor):
+        raise ValueError(  # noqa: TRY004
+            f"{name}: is to be cut as {place.placements}, which quantized weights cannot be; "
+            "expected transformers 5.23 or newer, and a tp_plan that cuts linear layers as colwise "
+            "or rowwise and leaves experts whole"
+        )
 
 
 def find_places(model: Any, names: Iterable[str]) -> dict[str, str]:

@@ -88,6 +88,19 @@ class GrinqhHfQuantizer(HfQuantizer):
             return param.element_size()
         return levels[-1] / 8 + 1 / SCALE_GROUP
 
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        from grinqh_ao.huggingface.tensor_parallel import plan_cuts
+
+        plan_cuts(model, plan, [*self.planned, *self.stored])
+
+    def cut(self, weight: GrinqhTensor, model: Any, name: str) -> GrinqhTensor:
+        """This rank's part of a weight, under tensor parallelism; else all of it."""
+        if not hasattr(model, "_mesh_manager"):
+            return weight
+        from grinqh_ao.huggingface.tensor_parallel import cut
+
+        return cut(weight, model.get_submodule(name.rpartition(".")[0]), name)
+
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
 

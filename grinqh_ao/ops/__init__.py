@@ -23,7 +23,7 @@ _library = torch.library.Library("grinqh", "DEF")
 
 _DECODE_OPS = {
     "decode_linear": "(Tensor x, Tensor slices, Tensor scales, Tensor vectors, Tensor? bias, "
-    "Tensor? low, int[] levels) -> Tensor",
+    "Tensor? low, int[] levels, Tensor? mean=None) -> Tensor",
     "decode_linears": "(Tensor x, Tensor[] slices, Tensor[] scales, Tensor[] vectors, "
     "Tensor?[] biases, Tensor?[] lows, int[] levels) -> Tensor[]",
     "decode_experts": "(Tensor x, Tensor experts, Tensor slices, Tensor scales, Tensor vectors, "
@@ -89,15 +89,16 @@ def _decode_linears_cuda(
     biases: Sequence[Tensor | None],
     lows: Sequence[Tensor | None],
     levels: Sequence[int],
+    mean: Tensor | None = None,
 ) -> list[Tensor]:
+    tensors = list(zip(slices, scales, vectors, biases, lows, strict=True))
     if _has_triton():
         from grinqh_ao.ops.triton import decode
 
         if decode.supports(x, slices, lows):
-            tensors = zip(slices, scales, vectors, biases, lows, strict=True)
             with torch.cuda.device(x.device):
-                return decode.decode_linears(x, [decode.Weight(*t) for t in tensors], levels)
-    return oracle.decode_linears(x, slices, scales, vectors, biases, lows, levels)
+                return decode.decode_linears(x, [decode.Weight(*t) for t in tensors], levels, mean)
+    return [oracle.decode_linear(x, *weight, levels, mean) for weight in tensors]
 
 
 def _decode_linear_cuda(
@@ -108,8 +109,9 @@ def _decode_linear_cuda(
     bias: Tensor | None,
     low: Tensor | None,
     levels: Sequence[int],
+    mean: Tensor | None = None,
 ) -> Tensor:
-    return _decode_linears_cuda(x, [slices], [scales], [vectors], [bias], [low], levels)[0]
+    return _decode_linears_cuda(x, [slices], [scales], [vectors], [bias], [low], levels, mean)[0]
 
 
 def _decode_experts_cuda(
@@ -162,6 +164,7 @@ def _(
     bias: Tensor | None,
     low: Tensor | None,
     levels: Sequence[int],
+    mean: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs_of(vectors, x.shape[-1]))
 

@@ -25,6 +25,7 @@ def decode_linear(
     bias: Tensor | None,
     low: Tensor | None,
     levels: Sequence[int],
+    mean: Tensor | None = None,
 ) -> Tensor:
     """A few rows times a nested weight, each channel read at the level its activations ask for.
 
@@ -39,6 +40,8 @@ def decode_linear(
         bias: [N] or None.
         low: int32 [K] in compact storage, else None.
         levels: bits per weight of each level, ascending.
+        mean: float32 [rows], the mean magnitudes that relative thresholds refer to, where ``x`` is
+            but a part of what they are taken over; else None.
 
     Returns:
         [..., N] in the dtype of ``x``.
@@ -50,7 +53,8 @@ def decode_linear(
     if len(rows) == 0:
         return x.new_empty(*x.shape[:-1], n)
     thresholds = thresholds_of(vectors, len(levels))
-    bits = grade(rows, sensitivity_of(vectors, k), thresholds, levels, low).amax(0)
+    mean = None if mean is None else mean.flatten()
+    bits = grade(rows, sensitivity_of(vectors, k), thresholds, levels, low, mean).amax(0)
     y = torch.zeros(len(rows), tiles, groups, SCALE_GROUP, dtype=dtype, device=x.device)
     for level in levels:
         channels = (bits == level).nonzero().squeeze(1)

@@ -196,8 +196,11 @@ def test_what_does_not_fit_is_refused(machine):
             decoded(torch.randn(1, 40), wrong)
     with pytest.raises(RuntimeError, match="bias does not fit 70 outputs"):
         decoded(torch.randn(1, 40), weight, torch.randn(71))
-    with pytest.raises(RuntimeError, match="expected scalar type Int"):
-        decoded(torch.randn(1, 40), weight.with_data(lambda data: data.double()))
+    for name, dtype in (("slices", "Int"), ("scales", "Byte"), ("vectors", "Float")):
+        wrong = weight.with_data(lambda data: data)
+        setattr(wrong, name, getattr(weight, name).double())
+        with pytest.raises(RuntimeError, match=f"expected scalar type {dtype}"):
+            decoded(torch.randn(1, 40), wrong)
     wide = GrinqhTensor.from_hp(torch.randn(192, 40))
     for name in ("slices", "scales"):  # tiles of 192 outputs
         setattr(wide, name, getattr(wide, name).permute(1, 0, 2).flatten(1)[None])

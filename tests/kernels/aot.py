@@ -41,6 +41,7 @@ DECODE = {
     "bias": ("*bf16",),
     "low": ("*i32",),
     "experts": "*i64",
+    "mean": "*fp32",
     "out": ("*bf16",),
     "n": ("i32",),
     "tiles": ("i32",),
@@ -101,6 +102,7 @@ def decode_job(
         "MEAN_BLOCK": mean_block,
         "SPLITS_AT_ONCE": 8192 // (16 * words),
         "INTERPRET": False,
+        "mean": None,
     } | ({} if compact else {"low": None})
     if experts:
         constants["bias"] = None

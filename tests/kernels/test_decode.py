@@ -20,20 +20,20 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
 
 
-def decode_together(x, weights, biases, chunk=None):
+def decode_together(x, weights, biases, chunk=None, mean=None):
     counters = torch.zeros(sum(w.slices.shape[0] for w in weights), dtype=torch.int32)
     arguments = [
         Weight(w.slices, w.scales, w.vectors, bias, w.low)
         for w, bias in zip(weights, biases, strict=True)
     ]
     chunk = chunk or x.shape[-1]
-    found = launch(x, arguments, weights[0].levels, chunk, counters, 90, interpret=True)
+    found = launch(x, arguments, weights[0].levels, chunk, counters, 90, interpret=True, mean=mean)
     assert not counters.any()  # as the next launch needs them
     return found
 
 
-def decode(x, weight, bias=None, chunk=None):
-    return decode_together(x, [weight], [bias], chunk)[0]
+def decode(x, weight, bias=None, chunk=None, mean=None):
+    return decode_together(x, [weight], [bias], chunk, mean)[0]
 
 
 def assert_decoded(x, weight, bias=None, chunk=None):
@@ -209,9 +209,7 @@ def test_experts(n, dtype):
     stack = GrinqhTensor.stack(weights)
     experts = torch.tensor([2, 0, 2])
     x = laplace(3, 40).to(dtype)
-    arguments = Weight(
-        stack.slices, stack.scales, stack.vectors, None, None,
-    )  # fmt: skip
+    arguments = Weight(stack.slices, stack.scales, stack.vectors, None, None)
     counters = torch.zeros(3 * stack.slices.shape[1], dtype=torch.int32)
     (found,) = launch(x, [arguments], stack.levels, 25, counters, 90, True, experts)
     assert not counters.any()
@@ -223,6 +221,21 @@ def test_each_row_grades_with_its_own_mean():
     weight = GrinqhTensor.from_hp(torch.randn(256, 60))
     x = laplace(2, 60)
     assert_decoded(torch.stack([x[0], x[1] * 1000]).half(), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_grade_with_the_mean_of_the_whole(rows, dtype):
+    weight = GrinqhTensor.from_hp(torch.randn(256, 60), 3)
+    weight.sensitivity.copy_(torch.rand(60))
+    x = laplace(rows, 60).to(dtype)
+    x[:, 40:] *= 5
+    mean = (x.abs().float() * weight.sensitivity).mean(1)
+    parts = [decode(x[:, at], weight[:, at], mean=mean) for at in (slice(0, 40), slice(40, 60))]
+    expected = plain.decode_rows(x, weight, None)
+    allowed = 2 * TOLERANCE[dtype] * float(expected.abs().max())
+    assert float((sum(parts).double() - expected).abs().max()) <= allowed
+    assert not torch.equal(parts[0], decode(x[:, :40], weight[:, :40]))  # it matters
 
 
 def test_a_row_that_overflowed_leaves_the_others_alone():

@@ -61,7 +61,9 @@ def supports(x: Tensor, slices: Sequence[Tensor], lows: Sequence[Tensor | None])
     )
 
 
-def decode_linears(x: Tensor, weights: Sequence[Weight], levels: Sequence[int]) -> list[Tensor]:
+def decode_linears(
+    x: Tensor, weights: Sequence[Weight], levels: Sequence[int], mean: Tensor | None = None
+) -> list[Tensor]:
     """See :func:`grinqh_ao.ops.oracle.decode_linears`. One launch."""
     capability, multiprocessors = device_of(x.device.index)
     tiles = sum(weight.slices.shape[0] for weight in weights)
@@ -69,7 +71,7 @@ def decode_linears(x: Tensor, weights: Sequence[Weight], levels: Sequence[int]) 
     form = form_of(x, words)
     chunk = chunk_length(capability, multiprocessors, tiles, k, form, x.numel() // k)
     counters = arrivals(tiles, x.device)
-    return launch(x, weights, levels, chunk, counters, capability, interpret=False)
+    return launch(x, weights, levels, chunk, counters, capability, interpret=False, mean=mean)
 
 
 def supports_experts(x: Tensor, weights: Weight) -> bool:
@@ -105,12 +107,14 @@ def launch(
     capability: int,
     interpret: bool,
     experts: Tensor | None = None,
+    mean: Tensor | None = None,
 ) -> list[Tensor]:
     """Runs the kernel with chunks of a given length, on a device or in the interpreter.
 
     Args:
         experts: int64 [S]; then there is one weight, a stack, and row s of ``x`` [S, K] is
             multiplied with the one at experts[s].
+        mean: float32 [rows] or None, as in the oracle.
     """
     k, words = x.shape[-1], weights[0].slices.shape[-1]
     rows = x.numel() // k if experts is None else 1
@@ -158,6 +162,7 @@ def launch(
         biases,
         None if weights[0].low is None else of_each("low"),
         None if experts is None else experts.contiguous(),
+        None if mean is None else mean.contiguous(),
         out,
         n,
         tiles,

@@ -139,6 +139,7 @@ def decode_fma_kernel(
     bias,  # [n]; or None, for all
     low,  # int32 [k]; or None, for all
     experts,  # int64 [slots]; or None, see members.py
+    mean,  # float32 [rows] where x is a part of a row, else None
     out,  # [rows, n]
     n,
     tiles,
@@ -190,7 +191,7 @@ def decode_fma_kernel(
     to_single = 2 * chunk + PADDING
     single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, this, None if low is None else pick(member, low), entries,
+        x, this, None if low is None else pick(member, low), mean, entries,
         single_entries, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
     )  # fmt: skip
     tl.debug_barrier()

@@ -123,6 +123,7 @@ def build_lists(
     x,  # [rows, k]
     vectors,  # float32 [L], see vectors.py
     low,  # int32 [k] in compact storage, else None
+    known_mean,  # float32 [rows] where x is a part of a row, else None
     pair_entries,  # int64 [2 * chunk + PADDING, 1 + ROWS]
     single_entries,  # int64 [chunk + PADDING, 1 + ROWS]
     first,  # channels first .. last - 1
@@ -166,7 +167,10 @@ def build_lists(
         largest = tl.maximum(largest, tl.max(finite, 0))
         mean = 0.0
         if (relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
-            mean = mean_magnitude(x + r * k, sensitivity, k, MEAN_BLOCK)
+            if known_mean is None:
+                mean = mean_magnitude(x + r * k, sensitivity, k, MEAN_BLOCK)
+            else:
+                mean = tl.load(known_mean + r)
         wanted = slices_of(magnitude * weighs, thresholds, mean, LEVELS)
         slices = tl.maximum(slices, tl.where(mask, wanted, 0))
     low_place = channel

@@ -63,6 +63,7 @@ struct Weight {
   const float* row_scale;    // [n]
   const void* bias;          // [n] or null
   const int32_t* low;        // [k] in compact storage, else null
+  const float* mean;         // [rows] where x is a part of a row, else null
   void* out;                 // [rows, n]
   int64_t n;
   int64_t lines;

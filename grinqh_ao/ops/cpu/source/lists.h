@@ -107,6 +107,8 @@ inline bool build_lists(const Call& call, const Weight& weight, Lists& lists) {
     float mean, top;
     measure(&lists.x[row * padded], lists.sensitivity.data(), k, mean, top);
     if (!(mean <= FLT_MAX)) return false;
+    if (weight.mean) mean = weight.mean[row];
+    if (!(mean <= FLT_MAX)) return false;
     for (int j = 0; j < steps; ++j) {
       const float relative = weight.thresholds[steps + j];
       const float threshold = weight.thresholds[j] + (relative > 0 ? relative * mean : 0);

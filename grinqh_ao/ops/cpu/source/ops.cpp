@@ -44,7 +44,7 @@ std::optional<Dtype> dtype_of(const Tensor& x) {
 // The tensors of a weight [N, K], or of a stack of them, as ops/oracle.py describes them.
 struct Stored {
   Tensor slices, scales, vectors;
-  Maybe bias = {}, low = {};
+  Maybe bias = {}, low = {}, mean = {};
 
   int64_t k() const { return scales.size(-2); }
   int64_t n() const { return vectors.size(-1) - row_scale_at(k()); }
@@ -56,6 +56,7 @@ struct Stored {
       bias = in_order(as_is ? *bias : torch::stable::to(*bias, dtype));
     }
     if (low) low = in_order(*low);
+    if (mean) mean = in_order(*mean);
   }
 
   // Where it lies, or where weight number `expert` of a stack lies; contiguous.
@@ -74,6 +75,7 @@ struct Stored {
         parts + row_scale_at(k()),
         bias ? bias->const_data_ptr() : nullptr,
         low ? low->const_data_ptr<int32_t>() : nullptr,
+        mean ? mean->const_data_ptr<float>() : nullptr,
         out,
         n(),
         slices.size(-2),
@@ -145,6 +147,8 @@ std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
   for (Stored& weight : stored) {
     if (weight.n() <= 0) return {};
     check_shapes(weight, k, levels);
+    STD_TORCH_CHECK(!weight.mean || weight.mean->numel() == rows, "mean does not fit ", rows,
+                    " rows");
     weight.make_contiguous(x.scalar_type());
     shape.back() = weight.n();
     outs.push_back(allocate(shape, x));
@@ -156,12 +160,12 @@ std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
 
 Tensor decode_linear(const Tensor& x, const Tensor& slices, const Tensor& scales,
                      const Tensor& vectors, const Maybe& bias, const Maybe& low,
-                     const Levels& levels) {
-  std::vector<Stored> weight{{slices, scales, vectors, bias, low}};
+                     const Levels& levels, const Maybe& mean) {
+  std::vector<Stored> weight{{slices, scales, vectors, bias, low, mean}};
   const auto outs = decode_all(x, weight, levels);
   if (!outs.empty()) return outs[0];
   return oracle<Tensor>("grinqh::decode_linear", x, slices, scales, vectors, bias, low,
-                        levels);
+                        levels, mean);
 }
 
 std::vector<Tensor> decode_linears(const Tensor& x, const std::vector<Tensor>& slices,
