@@ -75,6 +75,23 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     return part(weight, dim, start, stop)
 
 
+@GrinqhTensor.implements(aten.split.Tensor)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> list[Tensor]:
+    weight, size, *rest = args
+    dim = (rest[0] if rest else kwargs.get("dim", 0)) % weight.dim()
+    starts = range(0, weight.shape[dim], size)
+    return [aten.slice.Tensor(weight, dim, start, start + size) for start in starts]
+
+
+@GrinqhTensor.implements(aten.view.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
+    weight, shape = args
+    if tuple(shape) != tuple(weight.shape):
+        raise TypeError(f"view({list(shape)}) of a GrinqhTensor of shape {tuple(weight.shape)}")
+    same: GrinqhTensor = weight.with_data(lambda data: data)
+    return same
+
+
 @GrinqhTensor.implements(aten.equal.default)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> bool:
     one, other = args

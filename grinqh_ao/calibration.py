@@ -79,6 +79,10 @@ def calibrate(
             more ``bits`` are to be read than stored; the model is unchanged.
     """
     layers = some_quantized_linears(model)
+    if getattr(model, "_mesh_manager", None) is not None:
+        raise ValueError(
+            "a model under tensor parallelism has only parts of its weights: calibrate it before"
+        )
     batches = _batches(data, tokenizer, tokens)
     calibrate_layers(model, layers, batches, bits, relative, importance, stored_bits)
 

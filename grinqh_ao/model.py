@@ -154,6 +154,8 @@ def summary(model: nn.Module) -> Summary:
                 continue
             if isinstance(parameter, GrinqhTensor):
                 parameter = _with_data(module, parameter, known)
+            if hasattr(parameter, "to_local"):  # a DTensor: what this rank has of it
+                parameter = parameter.to_local()
             holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
             modules.setdefault(parameter, module)
     nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -99,7 +99,7 @@ class GrinqhHfQuantizer(HfQuantizer):
             return weight
         from grinqh_ao.huggingface.tensor_parallel import cut
 
-        return cut(weight, model.get_submodule(name.rpartition(".")[0]), name)
+        return cut(weight, model.get_submodule(name.rpartition(".")[0]))
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
@@ -109,7 +109,10 @@ class GrinqhHfQuantizer(HfQuantizer):
             return []
         # Exactly the stored weights: what is dense is loaded as in any model.
         patterns, target = Deserialize.patterns(self.places)
-        return [WeightConverter(patterns, target, [Deserialize(self)])]
+        converter = WeightConverter(patterns, target, [Deserialize(self)])
+        # Cut before they go to a GPU: then only this rank's part is read from the file.
+        converter.force_cpu = distributed.is_available() and distributed.is_initialized()
+        return [converter]
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
         # Saved names are the model's own already, and not all renamings would leave them alone.
@@ -122,6 +125,7 @@ class GrinqhHfQuantizer(HfQuantizer):
                 raise ValueError(f"{name}: missing")  # in a state_dict; files are checked before
         for _, module, _ in quantized_modules(model):
             show_in_repr(module)
+            module.weight.requires_grad_(False)  # transformers made a parameter of it anew
         for parameter in model.parameters():
             # Tensors mapped from a file lie anywhere, and products of dense ones differ by that in
             # their last bit.
@@ -138,6 +142,11 @@ class GrinqhHfQuantizer(HfQuantizer):
     # ---- saving
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if getattr(model, "_mesh_manager", None) is not None:
+            raise ValueError(
+                "a model under tensor parallelism has parts of its weights only: save it before or "
+                "load it without tp_plan"
+            )
         state = model.state_dict()
         attributes: dict[str, Attributes] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -19,6 +19,7 @@ from transformers.distributed.parallel_utils import (
     replace_layer_number_by_wildcard,
 )
 
+from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.parts import part, sharing_inputs
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -33,11 +34,27 @@ class _Later(tensor_parallel.TensorParallelLayer):
         self.style = style
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
-        if hasattr(module, _CUT):
-            dim = 1 if isinstance(self.style, tensor_parallel.RowwiseParallel) else 0
-            setattr(module, _CUT, (dim, mesh))
-        else:
+        """Raises ValueError if the weight cannot be cut into as many parts."""
+        name = getattr(module, _CUT, None)
+        if name is None:
             self.style.shard_param(module, param, mesh)
+            return
+        dim = 1 if isinstance(self.style, tensor_parallel.RowwiseParallel) else 0
+        size = getattr(module, param).shape[dim]
+        for rank in range(mesh.size()):
+            start, stop = _range_of(rank, size, mesh)
+            if start >= stop or (dim == 0 and stop != size and stop % SCALE_GROUP):
+                raise ValueError(
+                    f"{name}: {size} {('outputs', 'inputs')[dim]} cannot be cut in {mesh.size()} "
+                    f"for tensor parallelism: expected parts of {SCALE_GROUP} outputs, which share "
+                    "a scale, or multiples of it, or any number of inputs"
+                )
+        setattr(module, _CUT, (dim, mesh))
+
+
+def _range_of(rank: int, size: int, mesh: Any) -> tuple[int, int]:
+    step = -(-size // mesh.size())
+    return rank * step, min((rank + 1) * step, size)
 
 
 def plan_cuts(model: nn.Module, plan: dict[str, str], names: Any) -> None:
@@ -53,29 +70,18 @@ def plan_cuts(model: nn.Module, plan: dict[str, str], names: Any) -> None:
             ALL_PARALLEL_STYLES.register(later, _Later(style))
         plan[replace_layer_number_by_wildcard(name)] = later
         module: Any = model.get_submodule(name.rpartition(".")[0])
-        setattr(module, _CUT, None)
+        setattr(module, _CUT, name)
         module._hf_quantized_needs_local_tp = True  # no DTensors, not even with gradients
 
 
-def cut(weight: GrinqhTensor, module: nn.Module, name: str) -> GrinqhTensor:
-    """This rank's part of the weight of ``module``: all of it where it is not to be cut.
-
-    Raises:
-        ValueError: it cannot be cut into as many parts.
-    """
+def cut(weight: GrinqhTensor, module: nn.Module) -> GrinqhTensor:
+    """This rank's part of the weight of ``module``: all of it where it is not to be cut."""
     noted = module.__dict__.pop(_CUT, None)
-    if noted is None:
+    if not isinstance(noted, tuple):
         return weight
     dim, mesh = noted
-    size, whole = mesh.size(), weight.shape[dim]
-    step = -(-whole // size)
-    start = step * mesh.get_local_rank()
-    try:
-        mine = part(weight, dim, start, min(start + step, whole))
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: cannot be cut in {size} for tensor parallelism: {error}"
-        ) from None
+    whole = weight.shape[dim]
+    mine = part(weight, dim, *_range_of(mesh.get_local_rank(), whole, mesh))
     if dim == 1:
         mine = sharing_inputs(mine, mesh.get_group().group_name, whole)
     if mesh.device_type != "cpu":

@@ -1,0 +1,80 @@
+"""GrinqhTensor within DTensor, on CPUs and gloo: what TorchAO's test of tensor parallelism does.
+
+Its own (``torchao.testing.utils.TorchAOTensorParallelTestCase``) only runs on CUDA and looks at no
+results; this one cuts weights by its functions, and does look.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed._tensor.common_dtensor import DTensorTestBase, with_comms
+from torchao.quantization import quantize_
+from torchao.testing import utils as torchao_testing
+
+from grinqh_ao import GrinqhConfig, GrinqhTensor
+
+
+class OneLayer(nn.Module):
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+        quantize_(self, GrinqhConfig(bits=3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+class TwoRanks(DTensorTestBase):
+    world_size = 2
+
+    # One test per number of ranks: processes take longer to start than to do all of it.
+    @with_comms
+    def test_all(self):
+        mesh = self.build_device_mesh()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            self.check_layers_cut_by_torchao(mesh, dtype)
+        self.check_distribute_tensor(mesh)
+        self.check_what_cannot_be_cut(mesh)
+
+    def check_layers_cut_by_torchao(self, mesh, dtype):
+        torch.manual_seed(5)
+        up, down = OneLayer(256, 512, dtype), OneLayer(512, 256, dtype)
+        x = torch.randn(16, 256, dtype=dtype)
+        with torch.no_grad():
+            expected_up = up(x)
+            expected = down(expected_up)
+        torchao_testing.TorchAOTensorParallelTestCase.colwise_shard(up, mesh)
+        torchao_testing.TorchAOTensorParallelTestCase.rowwise_shard(down, mesh)
+        replicated = DTensor.from_local(x, mesh, [Replicate()])
+        for compiled in [False, True] if dtype == torch.bfloat16 else [False]:
+            first, second = (torch.compile(m) if compiled else m for m in (up, down))
+            with torch.no_grad():
+                y = first(replicated)
+                assert y.placements == (Shard(1),)
+                torch.testing.assert_close(y.full_tensor(), expected_up)
+                tolerance = {"rtol": 2e-2, "atol": 2e-2 * float(expected.abs().max())}
+                torch.testing.assert_close(second(y).full_tensor(), expected, **tolerance)
+
+    def check_distribute_tensor(self, mesh):
+        torch.manual_seed(5)
+        weight = GrinqhTensor.from_hp(torch.randn(256, 128))
+        x = torch.randn(12, 128)
+        for dim in (0, 1):
+            cut = distribute_tensor(weight, mesh, [Shard(dim)], src_data_rank=None)
+            local = cut.to_local()
+            assert isinstance(local, GrinqhTensor)
+            step = weight.shape[dim] // self.world_size
+            assert torch.equal(local, weight.narrow(dim, step * self.rank, step))
+            y = F.linear(DTensor.from_local(x, mesh, [Replicate()]), cut)
+            torch.testing.assert_close(y.full_tensor(), F.linear(x, weight))
+
+    def check_what_cannot_be_cut(self, mesh):
+        weight = GrinqhTensor.from_hp(torch.randn(96 * self.world_size, 40))
+        with pytest.raises(ValueError, match=r"outputs .* of .*: expected a cut between groups"):
+            distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
+
+
+class FourRanks(TwoRanks):
+    world_size = 4

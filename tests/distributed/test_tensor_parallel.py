@@ -1,0 +1,72 @@
+"""``from_pretrained(..., tp_plan="auto")`` under torchrun: what one rank says, two say too."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torchao.quantization import quantize_
+
+import grinqh_ao
+import models
+
+WORKER = Path(__file__).with_name("worker.py")
+# Each of two ranks has some heads, and at least 64 outputs of every layer.
+SIZES = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 384, "num_key_value_heads": 4}
+HEAD = {"llama": {}, "qwen3": {"head_dim": 128}}
+
+
+def run(model: Path, output: Path, *how: str, ranks: int = 1) -> dict:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {name: v for name, v in os.environ.items() if name != "RANK"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [*launcher, str(WORKER), str(model), str(output), *how],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module", params=HEAD)
+def saved(request, tmp_path_factory):
+    """Directories of a dense model and of the same, quantized."""
+    directory = tmp_path_factory.mktemp(request.param)
+    config, model_class, _ = models.FAMILIES[request.param]
+    family = (config, model_class, SIZES | HEAD[request.param])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.FAMILIES, request.param, family)
+        model = models.tiny_model(request.param, tied=False)
+    model.save_pretrained(directory / "dense")
+    quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
+    grinqh_ao.save(model, directory / "quantized")
+    return directory
+
+
+def test_two_ranks_say_what_one_says(saved):
+    alone = run(saved / "quantized", saved / "alone.json")
+    for how, model in (([], "quantized"), (["quantize"], "dense")):
+        together = run(saved / model, saved / "together.json", *how, ranks=2)
+        for what, tokens in alone.items():
+            if what.endswith("rows"):
+                assert together[what] == tokens
+        for name, (n, k) in alone["shapes"].items():
+            by_inputs = name.endswith(("o_proj", "down_proj"))
+            assert together["shapes"][name] == ([n, k // 2] if by_inputs else [n // 2, k])
+        for attempt in ("save", "calibrate"):
+            assert "tensor parallelism" in together[attempt]
+        if not how:
+            # Its half of the quantized weights, all of the rest, and whole pages.
+            assert together["read"] < 0.75 < alone["read"]
+
+
+def test_a_model_that_cannot_be_cut(tmp_path):
+    model = models.tiny_model("llama", tied=False)  # four heads of 16: 32 outputs for each rank
+    quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
+    grinqh_ao.save(model, tmp_path / "quantized")
+    error = run(tmp_path / "quantized", tmp_path / "report.json", ranks=2)["error"]
+    assert "model.layers.0.self_attn.q_proj.weight: 64 outputs cannot be cut in 2" in error

@@ -1,0 +1,62 @@
+"""What each rank of test_tensor_parallel.py does: ``worker.py MODEL OUTPUT [quantize]``."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from transformers import AutoModelForCausalLM
+
+import grinqh_ao
+from grinqh_ao.model import quantized_linears
+
+
+def touched(file: Path) -> int:
+    """Bytes of a file that this process has read through mappings of it."""
+    resident, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            resident += 1024 * int(line.split()[1])
+    return resident
+
+
+model_path, output, *how = sys.argv[1:]
+rank = int(os.environ.get("RANK", "0"))
+options = {"tp_plan": "auto"} if "RANK" in os.environ else {}
+if how == ["quantize"]:
+    options["quantization_config"] = grinqh_ao.GrinqhHfConfig(bits=3)
+report = {}
+try:
+    model = AutoModelForCausalLM.from_pretrained(model_path, **options)
+except ValueError as error:
+    report["error"] = str(error)
+else:
+    report["shapes"] = {name: list(w.shape) for name, _, w in quantized_linears(model)}
+    ids = torch.arange(5, 17)[None]
+    for bits in (3, 2):
+        grinqh_ao.set_bits(model, bits)
+        for rows in (1, 2):
+            prompts = torch.cat([ids + 3 * row for row in range(rows)])
+            report[f"{bits} bits, {rows} rows"] = model.generate(
+                prompts, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0,
+                attention_mask=torch.ones_like(prompts),
+            ).tolist()  # fmt: skip
+    file = next(Path(model_path).glob("*.safetensors")).resolve()
+    report["read"] = touched(file) / file.stat().st_size
+    for attempt in ("save", "calibrate"):
+        try:
+            if attempt == "save":
+                grinqh_ao.save(model, f"{output}-saved")
+            else:
+                grinqh_ao.calibrate(model, [ids])
+        except ValueError as error:
+            report[attempt] = str(error)
+if rank == 0:
+    Path(output).write_text(json.dumps(report))
+if distributed.is_initialized():
+    distributed.destroy_process_group()
