@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchao.quantization import quantize_
@@ -41,8 +42,10 @@ def edit(checkpoint, change):
     """Rewrites the tensors; ``change`` gets a dictionary of them."""
     file = checkpoint / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
     change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, file, metadata=metadata)
 
 
 def edit_config(checkpoint, change):

@@ -81,9 +81,11 @@ def read(directory: Path) -> tuple[list[Row], list[Row]]:
     settings = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{directory}: not quantized by GRINQH")
-    attributes = GrinqhHfConfig(**settings).attributes()
+    quantized = GrinqhHfConfig(**settings)
+    attributes = quantized.attributes()
     rows, taken = [], set()
-    with open_tensors([str(file) for file in sorted(directory.glob("*.safetensors"))]) as tensors:
+    files = [str(file) for file in sorted(directory.glob("*.safetensors"))]
+    with open_tensors(files, quantized.save_id) as tensors:
         for name, one in attributes.items():
             parts = {s: tensors[name + s] for s in SUFFIXES.values() if name + s in tensors}
             taken |= {name + suffix for suffix in parts}

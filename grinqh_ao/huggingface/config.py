@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grinqh_ao.checkpoint import FORMAT_VERSION, Attributes
 from grinqh_ao.config import GrinqhConfig
-from grinqh_ao.grading import ALL_LEVELS
+from grinqh_ao.grading import ALL_LEVELS, check_levels
 
 QUANT_METHOD = "grinqh"
 
@@ -36,6 +36,7 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         format_version: of a saved model; see docs/format.md. Not to be given.
         weights: of a saved model: its quantized weights in groups ``{"levels", "min_bits",
             "names"}``. Not to be given.
+        save_id: of a saved model: what its files have in their metadata. Not to be given.
 
     Raises:
         ValueError: an argument is out of range, or the saved model has a format that this version
@@ -51,6 +52,7 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         format_version: int | None = None,
         weights: Sequence[Mapping[str, Any]] | None = None,
+        save_id: object = None,
         **unknown: Any,
     ) -> None:
         if format_version not in (None, FORMAT_VERSION):
@@ -62,12 +64,11 @@ class GrinqhHfConfig(QuantizationConfigMixin):
             what = next(iter(unknown), "quant_method")
             raise ValueError(f"quantization_config: {what!r} is none of GRINQH's settings")
         self.quant_method = QUANT_METHOD
+        self.save_id = save_id
         self.bits = bits
-        self.levels = list(levels)
+        self.levels = list(check_levels(levels))
         self.head_bits = head_bits
-        self.modules_to_not_convert = (
-            None if modules_to_not_convert is None else list(modules_to_not_convert)
-        )
+        self.modules_to_not_convert = _names(modules_to_not_convert)
         self.to_quantize()  # refuses what is out of range
         if weights is not None:
             if not isinstance(weights, Sequence) or not all(
@@ -110,6 +111,14 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         if not found:
             raise ValueError(f"{where}: names no weight")
         return found
+
+
+def _names(skipped: Any) -> list[str] | None:
+    if skipped is None:
+        return None
+    if not isinstance(skipped, list | tuple) or not all(isinstance(n, str) for n in skipped):
+        raise ValueError(f"modules_to_not_convert={skipped!r}: expected a list of names")
+    return list(skipped)
 
 
 def groups_of(attributes: Mapping[str, Attributes]) -> list[dict[str, Any]]:

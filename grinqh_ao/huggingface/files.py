@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grinqh_ao.checkpoint import SUFFIXES, Attributes, check
 
+SAVE_ID = "grinqh_save_id"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,11 +59,15 @@ class _InFile:
 
 
 @contextlib.contextmanager
-def open_tensors(files: Sequence[str]) -> Iterator[dict[str, _InFile]]:
+def open_tensors(files: Sequence[str], save_id: object = None) -> Iterator[dict[str, _InFile]]:
     """All tensors of some files, by name.
 
+    Args:
+        save_id: of config.json, and so of all files. With it, files of two models are told apart
+            where saving one over the other was interrupted.
+
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or was saved at another time.
     """
     with contextlib.ExitStack() as stack:
         tensors: dict[str, _InFile] = {}
@@ -71,6 +76,12 @@ def open_tensors(files: Sequence[str]) -> Iterator[dict[str, _InFile]]:
                 opened = stack.enter_context(safe_open(path, "pt"))
             except SafetensorError as error:
                 raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+            found = (opened.metadata() or {}).get(SAVE_ID)
+            if found != save_id:
+                raise ValueError(
+                    f"{path}: was saved at another time than config.json, as where saving was "
+                    f"interrupted: expected {SAVE_ID}={save_id!r}, found {found!r}"
+                )
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 tensors[name] = _InFile(Path(path).name, opened.get_slice(name))
         yield tensors
@@ -81,6 +92,7 @@ def check_files(
     model: Any,
     attributes: Mapping[str, Attributes],
     shapes: Mapping[str, Sequence[int]],
+    save_id: object,
 ) -> None:
     """Refuses files that do not hold all of ``model``, or not what their weights claim to be.
 
@@ -90,11 +102,12 @@ def check_files(
         files: in safetensors' format.
         attributes: of the quantized weights, by their names in the files.
         shapes: of the same; of those that the model has.
+        save_id: see :func:`open_tensors`.
 
     Raises:
         ValueError: names the file, the layer and what is wrong with it.
     """
-    with open_tensors(files) as tensors, torch.device("cpu"):  # transformers has set "meta"
+    with torch.device("cpu"), open_tensors(files, save_id) as tensors:  # not on "meta"
         whole = Path(files[0]).parent
         for name, one in attributes.items():
             parts = {

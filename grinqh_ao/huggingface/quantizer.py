@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.quantizers.auto import register_quantizer
 from grinqh_ao.checkpoint import Attributes, to_tensors
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.huggingface.config import QUANT_METHOD, GrinqhHfConfig, groups_of
-from grinqh_ao.huggingface.files import check_files
+from grinqh_ao.huggingface.files import SAVE_ID, check_files
 from grinqh_ao.huggingface.loading import Deserialize, Quantize, find_places
 from grinqh_ao.memory import give_back
 from grinqh_ao.model import quantized_modules, summary
@@ -61,7 +62,7 @@ class GrinqhHfQuantizer(HfQuantizer):
             files = checkpoint_files or ()
             if files and all(file.endswith(".safetensors") for file in files):
                 shapes = {n: model.get_parameter(own).shape for n, own in self.places.items()}
-                check_files(files, model, attributes, shapes)
+                check_files(files, model, attributes, shapes, self.quantization_config.save_id)
             return
         config = self.quantization_config
         call = QuantizeCall(model, config.to_quantize(), config.selects)
@@ -177,6 +178,7 @@ class GrinqhHfQuantizer(HfQuantizer):
             found.head_bits,
             found.modules_to_not_convert,
             weights=groups_of(attributes),
+            save_id=secrets.token_hex(8),
         )
         for part in model.modules():
             if isinstance(part, PreTrainedModel) and hasattr(part.config, "quantization_config"):
@@ -184,7 +186,7 @@ class GrinqhHfQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         # Names are saved as the model has them: conversions are made for dense weights.
         model._weight_conversions = []
-        return state, {}
+        return state, {SAVE_ID: str(self.quantization_config.save_id)}
 
     def is_serializable(self) -> bool:
         return True

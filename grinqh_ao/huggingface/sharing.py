@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
+from grinqh_ao.huggingface.atomic import replaced
 from grinqh_ao.huggingface.config import QUANT_METHOD
 from grinqh_ao.huggingface.quantizer import attach
 from grinqh_ao.model import summary
@@ -71,7 +73,11 @@ def save(
     tokenizer: Any = None,
     **options: Any,
 ) -> None:
-    """``model.save_pretrained(directory)``, with what makes the result easy to load.
+    """``model.save_pretrained(directory)``, all or nothing, and with what makes it easy to load.
+
+    Writes beside ``directory`` first, and then puts that in its place: a model that was saved there
+    before is either as it was, or replaced as a whole, even if the process is killed or the disk is
+    full. Room for both is needed. Other files of the directory stay.
 
     Adds a model card that says how, unless there is a README.md already, and a module that lets
     programs without ``import grinqh_ao`` load it with ``trust_remote_code=True``.
@@ -86,6 +92,7 @@ def save(
         ValueError: nothing in ``model`` is quantized by GRINQH, or something by another quantizer,
             or it is to be pushed to the hub: ``push_to_hub`` uploads the weights alone, and
             ``huggingface_hub.upload_folder`` the whole directory. Nothing was written.
+        OSError: it could not be written; ``directory`` is as it was.
     """
     from grinqh_ao import __version__
 
@@ -108,24 +115,31 @@ def save(
             auto_class_of(architecture): f"{_MODULE}.{architecture}",
         }
     try:
-        model.save_pretrained(path, **options)
+        with replaced(path) as staging:
+            _save_pretrained(model, staging, options)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            if known:
+                (staging / f"{_MODULE}.py").write_text(_CODE.format(**names))
+            if not (path / "README.md").exists():
+                base = Path(getattr(config, "_name_or_path", "") or architecture).name
+                text = _CARD.format(
+                    title=f"{base}, GRINQH", version=__version__, summary=summary(model),
+                    name=path.name,
+                )  # fmt: skip
+                (staging / "README.md").write_text(text)
     finally:
         if before is not None:
             config.auto_map = before
         elif known:
             del config.auto_map
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
-    if known:
-        (path / f"{_MODULE}.py").write_text(_CODE.format(**names))
-    card = path / "README.md"
-    if not card.exists():
-        base = Path(getattr(config, "_name_or_path", "") or architecture).name
-        text = _CARD.format(
-            title=f"{base}, GRINQH", version=__version__, summary=summary(model),
-            name=path.name,
-        )  # fmt: skip
-        card.write_text(text)
+
+
+def _save_pretrained(model: PreTrainedModel, directory: Path, options: dict[str, Any]) -> None:
+    try:
+        model.save_pretrained(directory, **options)
+    except SafetensorError as error:
+        raise OSError(f"{directory}: {error}") from error
 
 
 def auto_class_of(architecture: str) -> str:

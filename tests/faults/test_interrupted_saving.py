@@ -1,0 +1,220 @@
+"""Whatever happens while a model is saved, the one that was there is there, or the new one is."""
+
+import errno
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torchao.quantization import quantize_
+
+import grinqh_ao
+from grinqh_ao.huggingface import atomic
+from grinqh_ao.model import quantized_linears
+from models import tiny_model
+
+KILLS = 40
+INTERRUPTS = 60
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Two models that could be saved over each other."""
+    made = []
+    for bits in (2.0, 4.0):
+        model = tiny_model("llama", tied=True)
+        quantize_(model, grinqh_ao.GrinqhConfig(bits=bits))
+        made.append(model)
+    return made
+
+
+def bits_in(directory: Path) -> float:
+    """Of the model that is saved there: all of it, or an error."""
+    model = grinqh_ao.load(directory)
+    found = {round(w.bits, 3) for _, _, w in quantized_linears(model) if not w.min_bits}
+    assert len(found) == 1
+    return found.pop()
+
+
+def leftovers(directory: Path) -> list[Path]:
+    return list(directory.parent.glob(".*.partial*"))
+
+
+def save(model, directory: Path) -> None:
+    grinqh_ao.save(model, directory, max_shard_size="20KB")
+
+
+def test_replaces_what_was_there(both, tmp_path):
+    old, new = both
+    target = tmp_path / "model"
+    save(old, target)
+    shards = {path.name for path in target.glob("*.safetensors")}
+    assert len(shards) > 1
+    (target / "README.md").write_text("mine")
+    (target / "notes").mkdir()
+    (target / "notes" / "note.txt").write_text("mine too")
+    os.symlink(target, tmp_path / "link")
+    grinqh_ao.save(new, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in target.glob("*.safetensors*")] == ["model.safetensors"]
+    assert (target / "README.md").read_text() == "mine"
+    assert (target / "notes" / "note.txt").read_text() == "mine too"
+    assert (target / "config.json").stat().st_mode & 0o044 == 0o044  # as open() makes files
+    assert target.stat().st_mode == tmp_path.joinpath(".").stat().st_mode | 0o055
+    assert bits_in(target) == 4
+    assert not leftovers(target)
+
+
+def test_without_renameat2(both, tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: object())
+    for model, bits in zip(both, (2, 4), strict=True):
+        save(model, tmp_path / "model")
+        assert bits_in(tmp_path / "model") == bits
+    assert not leftovers(tmp_path / "model")
+
+
+def test_not_over_a_file(both, tmp_path):
+    (tmp_path / "model").write_text("")
+    with pytest.raises(NotADirectoryError, match="model: is no directory"):
+        save(both[0], tmp_path / "model")
+
+
+def in_a_child(function) -> int:
+    """Its process; what it prints is lost."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        torch.set_num_threads(1)  # threads do not survive a fork
+        function()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["nothing there", "a model there"])
+def test_killed_at_any_time(both, tmp_path, there):
+    old, new = both
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    assert os.waitpid(in_a_child(lambda: save(new, tmp_path / "timed")), 0)[1] == 0
+    seconds = time.perf_counter() - started
+    chance, outcomes = random.Random(0), []
+    for i in range(KILLS):
+        target = tmp_path / f"{i}" / "model"
+        if there:
+            save(old, target)
+        child = in_a_child(lambda target=target: save(new, target))
+        time.sleep(seconds * chance.uniform(0, 1.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        outcomes.append(bits_in(target) if target.exists() else None)
+        save(new, target)  # what was left beside it is in nobody's way
+        assert bits_in(target) == 4
+    before = 2 if there else None
+    assert set(outcomes) == {before, 4}, outcomes
+
+
+def test_interrupted_at_any_line(both, tmp_path):
+    """Ctrl-C, wherever Python is while a model is saved."""
+    old, new = both
+    target = tmp_path / "model"
+
+    def traced(stop: float) -> int:
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if event == "line":
+                lines += 1
+                if lines >= stop:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            save(new, target)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        return lines
+
+    save(old, target)
+    whole = traced(float("inf"))
+    assert bits_in(target) == 4
+    chance, outcomes = random.Random(0), set()
+    for i in range(INTERRUPTS):
+        save(old, target)
+        traced(whole - i if i < 10 else chance.randrange(1, whole))
+        outcomes.add(bits_in(target))
+    assert outcomes == {2, 4}
+
+
+def test_disk_full(both, tmp_path, monkeypatch):
+    """No file larger than a limit, as on a full disk, for each of many limits."""
+    import resource
+
+    old, new = both
+    target = tmp_path / "model"
+    grinqh_ao.save(old, target)
+    largest = max(path.stat().st_size for path in target.iterdir())
+    for limit in [0, 1, 100, 1000, *range(5000, largest, largest // 12), largest - 1]:
+
+        def limited(limit=limit):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            try:
+                grinqh_ao.save(new, target)
+            except OSError:
+                os._exit(7)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(in_a_child(limited), 0)[1]) == 7, limit
+        assert bits_in(target) == 2
+        assert not leftovers(target)
+
+
+def test_error_while_it_is_put_in_place(both, tmp_path, monkeypatch):
+    old, new = both
+    save(old, tmp_path / "model")
+
+    def fails(*_):
+        raise OSError(errno.EIO, "injected")
+
+    for name in ("_exchange", "_sync", "_keep_others"):
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic, name, fails)
+            with pytest.raises(OSError, match="injected"):
+                save(new, tmp_path / "model")
+        assert bits_in(tmp_path / "model") == 2
+        assert not leftovers(tmp_path / "model")
+
+
+@pytest.mark.parametrize("stopped_after", ["config", "one shard"])
+def test_save_pretrained_over_another_is_recognised(both, tmp_path, monkeypatch, stopped_after):
+    """transformers' own method writes in place; half of it is not taken for a model."""
+    from transformers import modeling_utils
+
+    old, new = both
+    old.save_pretrained(tmp_path, max_shard_size="20KB")
+    write, written = modeling_utils.safe_save_file, 0
+
+    def stops(*arguments, **options):
+        nonlocal written
+        if written == (stopped_after == "one shard"):
+            raise KeyboardInterrupt
+        written += 1
+        write(*arguments, **options)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", stops)
+    with pytest.raises(KeyboardInterrupt):
+        new.save_pretrained(tmp_path, max_shard_size="20KB")
+    with pytest.raises(ValueError, match="was saved at another time"):
+        grinqh_ao.load(tmp_path)
