@@ -14,6 +14,7 @@ from grinqh_ao.evaluation import evaluate, reference
 from grinqh_ao.fusion import fuse_projections, unfuse_projections
 from grinqh_ao.metering import measure
 from grinqh_ao.model import set_bits, summary
+from grinqh_ao.stepping import guard_steps
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 try:  # teaches transformers to load and save, wherever it is installed
@@ -34,6 +35,7 @@ __all__ = [
     "decode_every_row",
     "evaluate",
     "fuse_projections",
+    "guard_steps",
     "load",
     "measure",
     "reference",

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grinqh_ao.stepping import eagerly
+
 # From here on reading all bits once, for a dense product, is taken to be cheaper. To be replaced by
 # a measured crossover per GPU: see docs/kernel.md.
 MAX_DECODED_TOGETHER = 8
@@ -57,7 +59,7 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
         raise ValueError(f"dense_prefix={dense_prefix!r}: expected a whole number, 0 or more")
     token = _switch.set(_Switch(dense_prefix))
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eagerly():
             yield
     finally:
         _switch.reset(token)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.decode_rule import decoded_together, decoded_tokens, first_decoded_row
 from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.model import quantized_modules
+from grinqh_ao.stepping import eagerly
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
@@ -160,7 +163,7 @@ class Measurement:
             wanted = sum(c.tokens_with_gradient for c in self._counters.values())
             why = "rows that want gradients take the dense path, use torch.no_grad()"
             raise ValueError(
-                "nothing was decoded while measuring: "
+                "nothing was decoded by this thread while measuring: "
                 + (why if wanted else "no quantized layer saw a single row")
             )
         return total
@@ -220,9 +223,9 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     ...     model.generate(**inputs, max_new_tokens=64)
     >>> print(measured.total.bits, measured.total.bytes_per_token_with_scales)
 
-    Counts the rows that are decoded: not prompts, and not rows that want gradients. While it is
-    active, compiled models run eagerly, because compiled graphs do not run hooks; afterwards
-    nothing of it remains.
+    Counts the rows that are decoded by this thread: not prompts, and not rows that want gradients.
+    While it is active, compiled models run eagerly, in all threads, because compiled graphs do not
+    run hooks; afterwards nothing of it remains.
 
     Raises:
         ValueError: nothing in ``model`` is quantized.
@@ -232,16 +235,21 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     for name, module, weight in quantized_modules(model):
         counter = measurement._counters[name] = _Counter.of(weight)
         count = _count_experts if isinstance(module, ExpertLinears) else _count
-        hook = functools.partial(count, counter, weight)
+        hook = functools.partial(_if_of_thread, threading.get_ident(), count, counter, weight)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     if not handles:
         raise ValueError(f"model={type(model).__name__}: no layer is quantized, nothing to measure")
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eagerly():
             yield measurement
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _if_of_thread(thread: int, count: Callable[..., None], *args: Any) -> None:
+    if threading.get_ident() == thread:
+        count(*args)
 
 
 def _count(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grinqh_ao.experts import ExpertLinears
+from grinqh_ao.stepping import changing
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
@@ -71,6 +72,8 @@ def set_bits(model: nn.Module, bits: float) -> None:
     Takes effect from the next decode step on: nothing is requantized and nothing recompiles.
     An output head keeps its floor (``GrinqhConfig.head_bits``). Inputs that want gradients take
     the dense path whatever the bits: decode under ``torch.no_grad()``, as ``generate()`` does.
+    A step that another thread runs meanwhile may read some layers as before and others as now,
+    unless :func:`grinqh_ao.guard_steps` watches over ``model``; then this waits for it.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -83,8 +86,9 @@ def set_bits(model: nn.Module, bits: float) -> None:
     layers = some_quantized_linears(model)
     for name, _, weight in layers:
         weight.check_bits(bits, name=f"bits of {name or 'the layer'}")
-    for _, _, weight in layers:
-        weight.set_bits(bits)
+    with changing(model):
+        for _, _, weight in layers:
+            weight.set_bits(bits)
 
 
 @dataclass(frozen=True)

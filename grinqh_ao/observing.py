@@ -14,6 +14,7 @@ from tqdm import tqdm
 from grinqh_ao.codec import decode_scales
 from grinqh_ao.compact import ChannelUse
 from grinqh_ao.experts import ExpertLinears
+from grinqh_ao.stepping import eagerly
 from grinqh_ao.tails import Histogram
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -112,7 +113,7 @@ def observe(
     modes = _backward_pass(model) if gradients else torch.no_grad()
     try:
         # Hooks must run: no compiled graph.
-        with torch.compiler.set_stance("force_eager"), _evaluating(model), modes:
+        with eagerly(), _evaluating(model), modes:
             for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
                 check_batch(batch)
                 inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)

@@ -22,10 +22,10 @@ def fresh(monkeypatch, tmp_path):
 
 def forget():
     """The kernels are not registered any more, and will be looked for again."""
-    found = build.kernels() if build.kernels.cache_info().currsize else None
+    found = build.kernels() if build._kernels.cache_info().currsize else None
     if found:
         found.unregister()
-    build.kernels.cache_clear()
+    build._kernels.cache_clear()
 
 
 def assert_decodes():

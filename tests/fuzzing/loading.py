@@ -62,10 +62,13 @@ def parted(data: bytes) -> tuple[bytes, bytes]:
     return data[4:end], data[end:]
 
 
-def load(data: bytes) -> bool:
+def load(data: bytes, say: bool = False) -> bool:
     """True if the checkpoint was accepted, and all its weights used; False if it was refused.
 
     Whatever else is raised, or made larger than MOST_BYTES, is a defect.
+
+    Args:
+        say: raise the ValueError of a refusal instead.
     """
     config, content = parted(data)
     try:
@@ -92,6 +95,8 @@ def load(data: bytes) -> bool:
                     use(weight)
             accepted = True
         except ValueError:
+            if say:
+                raise
             accepted = False
     assert largest.bytes <= MOST_BYTES, f"a tensor of {largest.bytes} bytes"
     return accepted

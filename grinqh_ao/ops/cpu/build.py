@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ UNITS = (
     ("dequantize.cpp",),
     *(("tile.cpp", f"-DLINE_WORDS={w}") for w in (4, 8, 16, 32)),
 )
+
+
+_building = threading.Lock()
 
 
 class CannotBuild(Exception):
@@ -62,9 +66,14 @@ class Kernels:
         self._library.grinqh_unregister(self._registered)
 
 
-@functools.cache
 def kernels() -> Kernels | None:
     """The kernels, compiled if need be; None where that cannot be done, which is said once."""
+    with _building:  # threads may come at once; they are registered once
+        return _kernels()
+
+
+@functools.cache
+def _kernels() -> Kernels | None:
     try:
         return Kernels(cached_library())
     except (CannotBuild, OSError) as error:

@@ -1,0 +1,151 @@
+"""Threads: whole steps at one setting of ``bits``, and compiled functions that run eagerly."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_GATE = "_grinqh_gate"
+
+
+class Gate:
+    """Many steps may run at once, or one change. Those that wait take turns: neither starves."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._steps = 0
+        self._steps_waiting = 0
+        self._steps_first = 0  # of those that wait, before the next change
+        self._changes_waiting = 0
+        self._changing = False
+        self._mine = threading.local()
+
+    def __deepcopy__(self, memo: Any) -> Gate:
+        return Gate()
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[()]]:
+        return Gate, ()
+
+    @property
+    def _depth(self) -> int:
+        """Steps within steps of this thread."""
+        return getattr(self._mine, "depth", 0)
+
+    def enter(self) -> None:
+        if self._depth == 0:
+            with self._condition:
+                self._steps_waiting += 1
+                try:
+                    self._condition.wait_for(self._may_step)
+                finally:
+                    self._steps_waiting -= 1
+                    self._steps_first = max(0, self._steps_first - 1)
+                self._steps += 1
+        self._mine.depth = self._depth + 1
+
+    def _may_step(self) -> bool:
+        return not self._changing and (self._changes_waiting == 0 or self._steps_first > 0)
+
+    def _may_change(self) -> bool:
+        return not self._changing and self._steps == 0 and self._steps_first == 0
+
+    def leave(self) -> None:
+        self._mine.depth = self._depth - 1
+        if self._depth == 0:
+            with self._condition:
+                self._steps -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        if self._depth:  # within a step of its own, for which it would wait forever
+            yield
+            return
+        with self._condition:
+            self._changes_waiting += 1
+            try:
+                self._condition.wait_for(self._may_change)
+            finally:
+                self._changes_waiting -= 1
+                self._condition.notify_all()
+            self._changing = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._changing = False
+                self._steps_first = self._steps_waiting
+                self._condition.notify_all()
+
+
+def guard_steps(model: nn.Module) -> None:
+    """From now on a call of ``model`` and ``set_bits(model, ...)`` wait for each other.
+
+    For models whose bits are changed by other threads than run them: every step reads all layers at
+    the same ``bits``. Any number of threads may run steps at once. Costs some microseconds a step.
+
+    Args:
+        model: what is called, step by step: the model, or what ``torch.compile(model)`` gave, since
+            nothing of this is part of compiled graphs. On a GPU all threads are taken to use the
+            same stream, as they do by default.
+    """
+    if hasattr(model, _GATE):
+        return
+    gate = Gate()
+    setattr(model, _GATE, gate)
+    model.register_forward_pre_hook(_Enter(gate))
+    model.register_forward_hook(_Leave(gate), always_call=True)
+
+
+class _Enter:
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __call__(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.gate.enter()
+
+
+class _Leave(_Enter):
+    def __call__(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.gate.leave()
+
+
+@contextmanager
+def changing(model: nn.Module) -> Iterator[None]:
+    """No step of ``model`` runs meanwhile, if :func:`guard_steps` watches over it."""
+    gate: Gate | None = getattr(model, _GATE, None)
+    if gate is None:
+        yield
+    else:
+        with gate.change():
+            yield
+
+
+_eager = threading.Lock()
+_eager_users = 0
+_stance: Any = None
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled functions run eagerly, in all threads, until the last that asked for it is done."""
+    global _eager_users, _stance
+    with _eager:
+        _eager_users += 1
+        if _eager_users == 1:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+    try:
+        yield
+    finally:
+        with _eager:
+            _eager_users -= 1
+            if _eager_users == 0:
+                _stance.__exit__(None, None, None)
