@@ -52,6 +52,19 @@ class _Later(tensor_parallel.TensorParallelLayer):
         setattr(module, _CUT, (dim, mesh))
 
 
+class _Refuse(tensor_parallel.TensorParallelLayer):
+    """For what transformers would cut in ways that quantized weights cannot be."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        raise ValueError(
+            f"{param} of {type(module).__name__}, quantized: cannot be cut in {mesh.size()} as "
+            "transformers' plan says; only linear layers can be cut, by outputs or inputs"
+        )
+
+
+ALL_PARALLEL_STYLES.register(f"{_PREFIX}refuse", _Refuse())
+
+
 def _range_of(rank: int, size: int, mesh: Any) -> tuple[int, int]:
     step = -(-size // mesh.size())
     return rank * step, min((rank + 1) * step, size)
@@ -62,8 +75,11 @@ def plan_cuts(model: nn.Module, plan: dict[str, str], names: Any) -> None:
     dense = dict(plan)
     for name in names:
         style_name = _get_parameter_plan(name, dense)
-        style = ALL_PARALLEL_STYLES[style_name] if style_name else None
+        if style_name is None:
+            continue
+        style = ALL_PARALLEL_STYLES[style_name]
         if type(style) not in (tensor_parallel.ColwiseParallel, tensor_parallel.RowwiseParallel):
+            plan[replace_layer_number_by_wildcard(name)] = f"{_PREFIX}refuse"
             continue
         later = f"{_PREFIX}{style_name}"
         if later not in ALL_PARALLEL_STYLES:

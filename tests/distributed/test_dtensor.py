@@ -1,4 +1,6 @@
-"""GrinqhTensor within DTensor, on CPUs and gloo: what TorchAO's test of tensor parallelism does.
+"""GrinqhTensor within DTensor, and beside FSDP2, on CPUs and gloo.
+
+Layers are cut as TorchAO's test of tensor parallelism does it.
 
 Its own (``torchao.testing.utils.TorchAOTensorParallelTestCase``) only runs on CUDA and looks at no
 results; this one cuts weights by its functions, and does look.
@@ -8,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed._tensor.common_dtensor import DTensorTestBase, with_comms
 from torchao.quantization import quantize_
 from torchao.testing import utils as torchao_testing
 
 from grinqh_ao import GrinqhConfig, GrinqhTensor
+from models import tiny_model
 
 
 class OneLayer(nn.Module):
@@ -37,6 +41,7 @@ class TwoRanks(DTensorTestBase):
             self.check_layers_cut_by_torchao(mesh, dtype)
         self.check_distribute_tensor(mesh)
         self.check_what_cannot_be_cut(mesh)
+        self.check_fully_shard(mesh)
 
     def check_layers_cut_by_torchao(self, mesh, dtype):
         torch.manual_seed(5)
@@ -74,6 +79,21 @@ class TwoRanks(DTensorTestBase):
         weight = GrinqhTensor.from_hp(torch.randn(96 * self.world_size, 40))
         with pytest.raises(ValueError, match=r"outputs .* of .*: expected a cut between groups"):
             distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
+
+    def check_fully_shard(self, mesh):
+        """FSDP2 of what is dense; it is told to leave quantized weights whole."""
+        model = tiny_model("llama", tied=False)
+        quantize_(model, GrinqhConfig(bits=3))
+        ids = torch.arange(5, 25)[None]
+        with torch.no_grad():
+            expected = [model(ids).logits, model(ids[:, :1]).logits]
+        ignored = {p for p in model.parameters() if isinstance(p, GrinqhTensor)}
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh, ignored_params=ignored)
+        assert isinstance(model.model.embed_tokens.weight, DTensor)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected[0])
+            assert torch.equal(model(ids[:, :1]).logits, expected[1])
 
 
 class FourRanks(TwoRanks):

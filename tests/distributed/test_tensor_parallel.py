@@ -64,9 +64,26 @@ def test_two_ranks_say_what_one_says(saved):
             assert together["read"] < 0.75 < alone["read"]
 
 
-def test_a_model_that_cannot_be_cut(tmp_path):
-    model = models.tiny_model("llama", tied=False)  # four heads of 16: 32 outputs for each rank
-    quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
-    grinqh_ao.save(model, tmp_path / "quantized")
-    error = run(tmp_path / "quantized", tmp_path / "report.json", ranks=2)["error"]
-    assert "model.layers.0.self_attn.q_proj.weight: 64 outputs cannot be cut in 2" in error
+@pytest.mark.parametrize(
+    ("family", "how", "message"),
+    [
+        # Four heads of 16: 32 outputs for each rank.
+        ("llama", "", "model.layers.0.self_attn.q_proj.weight: 64 outputs cannot be cut in 2"),
+        ("qwen3_moe", "", "weight of ExpertLinears, quantized: cannot be cut in 2"),
+        ("qwen3_moe", "quantize", "quantized: cannot be cut in 2"),
+    ],
+)
+def test_a_model_that_cannot_be_cut(tmp_path, family, how, message):
+    config, model_class, more = models.FAMILIES[family]
+    with pytest.MonkeyPatch.context() as patch:
+        if family == "qwen3_moe":  # all but its experts could be
+            more = more | {"hidden_size": 128, "head_dim": 64, "vocab_size": 384}
+            patch.setitem(models.FAMILIES, family, (config, model_class, more))
+        model = models.tiny_model(family, tied=False)
+    if how:
+        model.save_pretrained(tmp_path / "model")
+    else:
+        quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
+        grinqh_ao.save(model, tmp_path / "model")
+    found = run(tmp_path / "model", tmp_path / "report.json", *filter(None, [how]), ranks=2)
+    assert message in found["error"]
