@@ -90,13 +90,14 @@ class GrinqhHfQuantizer(HfQuantizer):
         return levels[-1] / 8 + 1 / SCALE_GROUP
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        # transformers 5.23; older ones do not call this.
         from grinqh_ao.huggingface.tensor_parallel import plan_cuts
 
         plan_cuts(model, plan, [*self.planned, *self.stored])
 
     def cut(self, weight: GrinqhTensor, model: Any, name: str) -> GrinqhTensor:
         """This rank's part of a weight, under tensor parallelism; else all of it."""
-        if not hasattr(model, "_mesh_manager"):
+        if getattr(model, "_mesh_manager", None) is None:
             return weight
         from grinqh_ao.huggingface.tensor_parallel import cut
 

@@ -8,6 +8,7 @@ how they are to be cut, and cut while they are loaded, one by one. Each rank the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from grinqh_ao.parts import part, sharing_inputs
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 _PREFIX = "grinqh_"
-_CUT = "_grinqh_cut"
+CUT = "_grinqh_cut"
 
 
 class _Later(tensor_parallel.TensorParallelLayer):
@@ -35,7 +36,7 @@ class _Later(tensor_parallel.TensorParallelLayer):
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
         """Raises ValueError if the weight cannot be cut into as many parts."""
-        name = getattr(module, _CUT, None)
+        name = getattr(module, CUT, None)
         if name is None:
             self.style.shard_param(module, param, mesh)
             return
@@ -49,7 +50,7 @@ class _Later(tensor_parallel.TensorParallelLayer):
                     f"for tensor parallelism: expected parts of {SCALE_GROUP} outputs, which share "
                     "a scale, or multiples of it, or any number of inputs"
                 )
-        setattr(module, _CUT, (dim, mesh))
+        setattr(module, CUT, (dim, mesh))
 
 
 class _Refuse(tensor_parallel.TensorParallelLayer):
@@ -70,10 +71,21 @@ def _range_of(rank: int, size: int, mesh: Any) -> tuple[int, int]:
     return rank * step, min((rank + 1) * step, size)
 
 
-def plan_cuts(model: nn.Module, plan: dict[str, str], names: Any) -> None:
-    """Changes transformers' ``plan`` so that the weights of these names are cut by :func:`cut`."""
+def plan_cuts(model: Any, plan: dict[str, str], names: Iterable[str]) -> None:
+    """Changes transformers' ``plan`` so that the weights of these names are cut by :func:`cut`.
+
+    A head that is tied to the embedding stays whole on every rank, and so does the embedding.
+    """
     dense = dict(plan)
+    ties = model.all_tied_weights_keys
     for name in names:
+        tied = {one for pair in ties.items() if name in pair for one in pair}
+        for one in tied:
+            for entry in (one, one.rpartition(".")[0]):
+                if replace_layer_number_by_wildcard(entry) in dense:
+                    plan[replace_layer_number_by_wildcard(entry)] = "replicate"
+        if tied:
+            continue
         style_name = _get_parameter_plan(name, dense)
         if style_name is None:
             continue
@@ -86,13 +98,13 @@ def plan_cuts(model: nn.Module, plan: dict[str, str], names: Any) -> None:
             ALL_PARALLEL_STYLES.register(later, _Later(style))
         plan[replace_layer_number_by_wildcard(name)] = later
         module: Any = model.get_submodule(name.rpartition(".")[0])
-        setattr(module, _CUT, name)
+        setattr(module, CUT, name)
         module._hf_quantized_needs_local_tp = True  # no DTensors, not even with gradients
 
 
 def cut(weight: GrinqhTensor, module: nn.Module) -> GrinqhTensor:
     """This rank's part of the weight of ``module``: all of it where it is not to be cut."""
-    noted = module.__dict__.pop(_CUT, None)
+    noted = module.__dict__.pop(CUT, None)
     if not isinstance(noted, tuple):
         return weight
     dim, mesh = noted
