@@ -14,7 +14,7 @@ import models
 
 WORKER = Path(__file__).with_name("worker.py")
 # Each of two ranks has some heads, and at least 64 outputs of every layer.
-SIZES = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 384, "num_key_value_heads": 4}
+SIZES = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 384, "num_key_value_heads": 4}
 HEAD = {"llama": {}, "qwen3": {"head_dim": 128}, "tied": {}}
 
 
@@ -66,7 +66,7 @@ def test_two_ranks_say_what_one_says(saved):
             assert together["shapes"][name] == expected
         for attempt in ("save", "calibrate"):
             assert "tensor parallelism" in together[attempt]
-        if not how:
+        if not how and "tied" not in saved.name:
             # Its half of the large weights; of small ones whole tiles, and pages around.
             assert together["read"] < 0.85 < alone["read"]
 
