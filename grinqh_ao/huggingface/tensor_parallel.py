@@ -82,8 +82,7 @@ def plan_cuts(model: Any, plan: dict[str, str], names: Iterable[str]) -> None:
         tied = {one for pair in ties.items() if name in pair for one in pair}
         for one in tied:
             for entry in (one, one.rpartition(".")[0]):
-                if replace_layer_number_by_wildcard(entry) in dense:
-                    plan[replace_layer_number_by_wildcard(entry)] = "replicate"
+                plan.pop(replace_layer_number_by_wildcard(entry), None)
         if tied:
             continue
         style_name = _get_parameter_plan(name, dense)

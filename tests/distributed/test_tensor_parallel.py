@@ -51,7 +51,10 @@ def saved(request, tmp_path_factory):
 
 def test_two_ranks_say_what_one_says(saved):
     alone = run(saved / "quantized", saved / "alone.json")
-    for how, model in (([], "quantized"), (["quantize"], "dense")):
+    ways = [([], "quantized")]
+    if "qwen3" not in saved.name:  # there it is as with Llama
+        ways.append((["quantize"], "dense"))
+    for how, model in ways:
         together = run(saved / model, saved / "together.json", *how, ranks=2)
         for what, tokens in alone.items():
             if what.endswith("rows"):
@@ -72,25 +75,21 @@ def test_two_ranks_say_what_one_says(saved):
 
 
 @pytest.mark.parametrize(
-    ("family", "how", "message"),
+    ("family", "message"),
     [
         # Four heads of 16: 32 outputs for each rank.
-        ("llama", "", "model.layers.0.self_attn.q_proj.weight: 64 outputs cannot be cut in 2"),
-        ("qwen3_moe", "", "weight of ExpertLinears, quantized: cannot be cut in 2"),
-        ("qwen3_moe", "quantize", "quantized: cannot be cut in 2"),
+        ("llama", "model.layers.0.self_attn.q_proj.weight: 64 outputs cannot be cut in 2"),
+        ("qwen3_moe", "weight of ExpertLinears, quantized: cannot be cut in 2"),
     ],
 )
-def test_a_model_that_cannot_be_cut(tmp_path, family, how, message):
+def test_a_model_that_cannot_be_cut(tmp_path, family, message):
     config, model_class, more = models.FAMILIES[family]
     with pytest.MonkeyPatch.context() as patch:
         if family == "qwen3_moe":  # all but its experts could be
             more = more | {"hidden_size": 128, "head_dim": 64, "vocab_size": 384}
             patch.setitem(models.FAMILIES, family, (config, model_class, more))
         model = models.tiny_model(family, tied=False)
-    if how:
-        model.save_pretrained(tmp_path / "model")
-    else:
-        quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
-        grinqh_ao.save(model, tmp_path / "model")
-    found = run(tmp_path / "model", tmp_path / "report.json", *filter(None, [how]), ranks=2)
+    quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
+    grinqh_ao.save(model, tmp_path / "model")
+    found = run(tmp_path / "model", tmp_path / "report.json", ranks=2)
     assert message in found["error"]
