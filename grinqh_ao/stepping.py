@@ -87,7 +87,7 @@ def guard_steps(model: nn.Module) -> None:
     """From now on a call of ``model`` and ``set_bits(model, ...)`` wait for each other.
 
     For models whose bits are changed by other threads than run them: every step reads all layers at
-    the same ``bits``. Any number of threads may run steps at once. Costs some microseconds a step.
+    the same ``bits``. Any number of threads may run steps at once.
 
     Args:
         model: what is called, step by step: the model, or what ``torch.compile(model)`` gave, since
