@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +37,20 @@ def store_compactly(weight: GrinqhTensor) -> None:
     weight.slices, weight.low = drop_low(weight.slices, kept)
 
 
+class Outcome(NamedTuple):
+    case: str
+    dtype: str
+    error: float  # of the largest output
+    wrong: bool
+
+
 @torch.no_grad()
-def correctness() -> dict[str, object]:
+def check_decode(job: tuple[int, int, int, torch.dtype]) -> list[Outcome]:
+    """One shape and number of rows at several bits, each twice."""
+    n, k, rows, dtype = job
     torch.manual_seed(0)
-    cases, worst, wrong = 0, {str(dtype): 0.0 for dtype in TOLERANCE}, []
-    for (n, k), rows, bits in itertools.product(SHAPES, (1, 2, 5, 8), (1.5, 3, 8)):
+    outcomes = []
+    for bits in (1.5, 3, 8):
         levels = (0, 2, 4, 6, 8) if rows != 2 else (0, 2, 4, 8)
         weight = GrinqhTensor.from_hp(torch.randn(n, k, device=timing.DEVICE), bits, levels)
         if rows == 5:  # calibrated thresholds are absolute
@@ -49,21 +58,23 @@ def correctness() -> dict[str, object]:
             weight.thresholds[1] = 0
         if rows in (1, 8) and bits == 3:
             store_compactly(weight)
-        for dtype, limit in TOLERANCE.items():
-            x = laplace(rows, k).to(dtype)
-            bias = torch.randn(n, device=timing.DEVICE, dtype=dtype) if rows != 2 else None
-            found = F.linear(x, weight, bias)
-            again = F.linear(x, weight, bias)
-            truth = expected(x, weight, bias)
-            error = ((found.double() - truth).abs().max() / truth.abs().max()).item()
-            same = torch.equal(found, again)
-            cases += 1
-            worst[str(dtype)] = max(worst[str(dtype)], error)
-            if error > limit or not same:
-                wrong.append({"n": n, "k": k, "rows": rows, "bits": bits, "dtype": str(dtype),
-                              "error": error, "same bits twice": same})  # fmt: skip
-    stored_compactly = (False, True)
-    for level, dtype, compact in itertools.product((2, 4, 6, 8), TOLERANCE, stored_compactly):
+        x = laplace(rows, k).to(dtype)
+        bias = torch.randn(n, device=timing.DEVICE, dtype=dtype) if rows != 2 else None
+        found = F.linear(x, weight, bias)
+        again = F.linear(x, weight, bias)
+        truth = expected(x, weight, bias)
+        error = ((found.double() - truth).abs().max() / truth.abs().max()).item()
+        wrong = not error <= TOLERANCE[dtype] or not torch.equal(found, again)
+        case = f"{n}x{k}, {rows} rows, {bits} bits, same twice: {torch.equal(found, again)}"
+        outcomes.append(Outcome(case, str(dtype), error, wrong))
+    return outcomes
+
+
+@torch.no_grad()
+def check_dequantize(dtype: torch.dtype) -> list[Outcome]:
+    torch.manual_seed(0)
+    outcomes = []
+    for level, compact in itertools.product((2, 4, 6, 8), (False, True)):
         weight = GrinqhTensor.from_hp(torch.randn(1000, 777, device=timing.DEVICE))
         if compact:
             store_compactly(weight)
@@ -71,15 +82,28 @@ def correctness() -> dict[str, object]:
         truth = oracle.dequantize(
             weight.slices, weight.scales, weight.vectors, weight.low, level, dtype
         )
-        cases += 1
-        if not torch.allclose(found, truth, rtol=2 * torch.finfo(dtype).eps, atol=0):
-            wrong.append({"dequantize": level, "dtype": str(dtype), "compact": compact})
-    print(f"{cases} cases, {len(wrong)} wrong; largest errors {worst}")
-    for case in wrong[:10]:
-        print("  wrong:", case)
+        error = ((found.double() - truth.double()).abs().max() / truth.abs().max()).item()
+        wrong = not torch.allclose(found, truth, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        outcomes.append(Outcome(f"level {level}, compact: {compact}", str(dtype), error, wrong))
+    return outcomes
+
+
+def correctness() -> dict[str, object]:
+    jobs = [(*shape, rows, dtype) for shape in SHAPES for rows in (1, 2, 5, 8)
+            for dtype in TOLERANCE]  # fmt: skip
+    found = timing.spread(check_decode, jobs) + timing.spread(check_dequantize, list(TOLERANCE))
+    outcomes = [outcome for of_job in found for outcome in of_job]
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
+    largest = {
+        str(dtype): max(outcome.error for outcome in outcomes if outcome.dtype == str(dtype))
+        for dtype in TOLERANCE
+    }
+    print(f"{len(outcomes)} cases, {len(wrong)} wrong; largest errors {largest}")
+    for outcome in wrong[:20]:
+        print("  wrong:", outcome)
     if wrong:
-        raise AssertionError(f"{len(wrong)} of {cases} cases are wrong: {wrong[:20]}")
-    return {"cases": cases, "largest_errors": worst}
+        raise AssertionError(f"{len(wrong)} of {len(outcomes)} cases are wrong: {wrong[:20]}")
+    return {"cases": len(outcomes), "largest_errors": largest}
 
 
 @torch.no_grad()

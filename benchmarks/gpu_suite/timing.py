@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
 
 import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 DEVICE = "cuda"  # the tests run all of this on a CPU, for its Python
 # Weights that are read between two reads of the same one: far beyond any cache.
 ROTATION_BYTES = 400 << 20
 REPETITIONS = 15
+MOST_WORKERS = 14  # each with a CUDA context of its own
 
 
 def wait() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def spread(function: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
+    """[function(job) for job in jobs], several at a time: most of it is compiling kernels."""
+    if DEVICE != "cuda":
+        return [function(job) for job in jobs]
+    workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 1, len(jobs)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return list(pool.map(function, jobs))
 
 
 def copies_for(bytes_read: float) -> int:
