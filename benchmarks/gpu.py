@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,24 +42,28 @@ SECTIONS: list[tuple[str, Callable[[], object], int]] = [
 ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--minutes", type=float, default=8.0, help="do not begin what ends later")
-    parser.add_argument("--only", nargs="*", choices=[name for name, _, _ in SECTIONS])
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py needs an NVIDIA GPU, and torch sees none")
-
+def describe() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
-    report: dict[str, object] = {
+    return {
         "machine": describe_machine(),
         "command": "python " + " ".join(sys.argv),
         "cuda": torch.version.cuda,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
     }
-    print(json.dumps(report, indent=1), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--minutes", type=float, default=8.0, help="do not begin what ends later")
+    parser.add_argument("--only", nargs="*", choices=[name for name, _, _ in SECTIONS])
+    arguments = parser.parse_args()
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks without beginning CUDA
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py needs an NVIDIA GPU, and torch sees none")
+
+    report: dict[str, Any] = {}
     started, failed = time.perf_counter(), []
     for name, section, needed in SECTIONS:
         if arguments.only and name not in arguments.only:
@@ -67,6 +73,9 @@ def main() -> int:
             report[name] = {"skipped": f"{left:.0f} of {60 * arguments.minutes:.0f} s were left"}
             print(f"== {name}: skipped", flush=True)
             continue
+        if name != "correctness" and "machine" not in report:
+            report |= describe()
+            print(json.dumps(report, indent=1), flush=True)
         begin = time.perf_counter()
         print(f"== {name}", flush=True)
         try:

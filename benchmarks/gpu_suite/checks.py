@@ -71,28 +71,38 @@ def check_decode(job: tuple[int, int, int, torch.dtype]) -> list[Outcome]:
 
 
 @torch.no_grad()
-def check_dequantize(dtype: torch.dtype) -> list[Outcome]:
+def check_dequantize(job: tuple[torch.dtype, int, bool]) -> list[Outcome]:
+    dtype, level, compact = job
     torch.manual_seed(0)
-    outcomes = []
-    for level, compact in itertools.product((2, 4, 6, 8), (False, True)):
-        weight = GrinqhTensor.from_hp(torch.randn(1000, 777, device=timing.DEVICE))
-        if compact:
-            store_compactly(weight)
-        found = weight.dequantize(dtype, level)
-        truth = oracle.dequantize(
-            weight.slices, weight.scales, weight.vectors, weight.low, level, dtype
-        )
-        error = ((found.double() - truth.double()).abs().max() / truth.abs().max()).item()
-        wrong = not torch.allclose(found, truth, rtol=2 * torch.finfo(dtype).eps, atol=0)
-        outcomes.append(Outcome(f"level {level}, compact: {compact}", str(dtype), error, wrong))
-    return outcomes
+    weight = GrinqhTensor.from_hp(torch.randn(1000, 777, device=timing.DEVICE))
+    if compact:
+        store_compactly(weight)
+    found = weight.dequantize(dtype, level)
+    truth = oracle.dequantize(
+        weight.slices, weight.scales, weight.vectors, weight.low, level, dtype
+    )
+    error = ((found.double() - truth.double()).abs().max() / truth.abs().max()).item()
+    wrong = not torch.allclose(found, truth, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    return [Outcome(f"dequantize, level {level}, compact: {compact}", str(dtype), error, wrong)]
+
+
+def check(job: tuple[Any, ...]) -> list[Outcome]:
+    return check_decode(job) if len(job) == 4 else check_dequantize(job)
+
+
+def jobs() -> list[tuple[Any, ...]]:
+    """Every form of the kernels at several shapes; not every combination, each is compiled."""
+    dtypes = list(TOLERANCE)
+    found: list[tuple[Any, ...]] = [(*shape, 1, torch.bfloat16) for shape in SHAPES]
+    for i, shape in enumerate(SHAPES):
+        found += [(*shape, rows, dtypes[(i + rows) % 3]) for rows in (1, 2, 5, 8)]
+    for i, dtype in enumerate(dtypes):
+        found += [(dtype, 2 + 2 * i, False), (dtype, 8 - 2 * i, True)]
+    return found
 
 
 def correctness() -> dict[str, object]:
-    jobs = [(*shape, rows, dtype) for shape in SHAPES for rows in (1, 2, 5, 8)
-            for dtype in TOLERANCE]  # fmt: skip
-    found = timing.spread(check_decode, jobs) + timing.spread(check_dequantize, list(TOLERANCE))
-    outcomes = [outcome for of_job in found for outcome in of_job]
+    outcomes = [outcome for of_job in timing.spread(check, jobs()) for outcome in of_job]
     wrong = [outcome for outcome in outcomes if outcome.wrong]
     largest = {
         str(dtype): max(outcome.error for outcome in outcomes if outcome.dtype == str(dtype))

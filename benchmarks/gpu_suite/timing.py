@@ -31,7 +31,8 @@ def spread(function: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
     if DEVICE != "cuda":
         return [function(job) for job in jobs]
     workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 1, len(jobs)))
-    context = multiprocessing.get_context("spawn")
+    # A fork has all imports done already, but CUDA must not have been begun before it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         return list(pool.map(function, jobs))
 

@@ -55,6 +55,7 @@ DECODE = {
     "k": "i32",
     "chunk": "i32",
     "capacity": "i32",
+    "steps_ahead": "i32",
 }
 DEQUANTIZE = {
     "slices": "*i32",
@@ -67,7 +68,7 @@ DEQUANTIZE = {
     "lines": "i32",
 }
 # By 16; of the rest Triton knows at run time that it can be divided.
-INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity"}
+INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity", "steps_ahead"}
 
 
 class Job(NamedTuple):
@@ -94,6 +95,7 @@ def decode_job(
 ) -> Job:
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
+    how = configurations.program(form, rows, words, block, capability, experts)
     constants = {
         "LEVELS": (0, 2, 4, 6, 8),
         "ROWS": rows,
@@ -109,10 +111,10 @@ def decode_job(
     else:
         constants["experts"] = None
     if form == "mma":
-        depth = configurations.depth(rows, block)
-        entries = (8 * depth, 16 * depth)
+        constants |= {"NUM_WARPS": how.warps, "DEPTH": how.depth, "STAGES": how.stages, "DISCARD": how.discard, "PREFETCH": how.prefetch}
+        entries = (8 * how.depth, 16 * how.depth)
     else:
-        channels = decode_fma.channels_per_step(words, rows) / configurations.WARPS
+        channels = decode_fma.channels_per_step(words, rows) / how.warps
         entries = (channels, 2 * channels)
     # A warp's entries; a pair is two slices of 16 * words weights, a single one.
     work = {
@@ -127,8 +129,8 @@ def decode_job(
         {name: (DECODE | floats)[name] for name in kernel.arg_names if name in DECODE},
         constants,
         capability,
-        configurations.WARPS,
-        configurations.most_registers(form, rows, words, block, capability, experts),
+        how.warps,
+        how.registers,
         work,
     )
 

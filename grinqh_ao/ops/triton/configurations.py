@@ -6,7 +6,21 @@ programs keep more bytes in flight; longer chunks waste less on lists and their 
 
 from __future__ import annotations
 
-WARPS = 4
+from typing import NamedTuple
+
+
+class Program(NamedTuple):
+    """How a decode kernel is compiled."""
+
+    warps: int
+    depth: int  # of a step of the mma form
+    prefetch: bool
+    steps_ahead: int  # that are prefetched
+    discard: bool
+    stages: int
+    registers: int | None  # per thread at most; None where the compiler's own choice is right
+
+
 # Compute capability -> programs on each multiprocessor at a time, at most, with deep steps and with
 # shallow ones: what fits, or less where the memory's bandwidth and latency ask for fewer bytes in
 # flight (a program has 16 KiB or 8). Of a capability that is not here, the next lower one's. From
@@ -24,6 +38,15 @@ PROGRAMS_PER_SM = {
 CHUNKS = (128, 256, 512, 1024, 2048)
 # For layers so small that multiprocessors would idle.
 CHUNK_OF_SMALL_LAYERS = 64
+
+
+def program(
+    form: str, rows: int, words: int, block: int, capability: int, experts: bool = False
+) -> Program:
+    if form == "mma" and rows == 1:
+        return Program(8, 1, False, 2, False, 0, 128)
+    registers = most_registers(form, rows, words, block, capability, experts)
+    return Program(4, 1, False, 2, False, 0, registers)
 
 
 def depth(rows: int, block: int) -> int:

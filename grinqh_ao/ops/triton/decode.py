@@ -18,9 +18,10 @@ import triton
 from torch import Tensor
 
 from grinqh_ao.ops.triton.arrivals import MOST_TILES, arrivals
-from grinqh_ao.ops.triton.configurations import WARPS, chunk_length, depth, most_registers
+from grinqh_ao.ops.triton.configurations import chunk_length, program
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
 from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel
+from grinqh_ao.ops.triton.lists import entry_words, lines_of_channel
 from grinqh_ao.vectors import outputs_of
 
 LARGEST_MEAN_BLOCK = 8192
@@ -129,10 +130,14 @@ def launch(
     all_tiles, tile = sum(tiles), 16 * words
     splits = -(-k // chunk)
     programs = slots * splits * all_tiles
-    # Both lists of a program, each with padding, and what is loaded ahead of the last step.
     block = triton.next_power_of_2(chunk)
-    padding = 80 * depth(rows, block) * WARPS if mma else 2 * entries_at_once(words)
-    capacity = 3 * chunk + padding
+    how = program(form, compiled_rows, words, block, capability, experts is not None)
+    # Entries of a program, with padding, and what is loaded ahead of the last step.
+    if mma:
+        capacity = lines_of_channel(levels) * chunk + 64 * how.depth * how.warps
+    else:
+        capacity = 3 * chunk + 2 * entries_at_once(words)
+    capacity = -(-capacity // 8) * 8
 
     def of_each(name: str) -> tuple[Tensor, ...]:
         return tuple(getattr(weight, name).contiguous() for weight in weights)
@@ -147,13 +152,20 @@ def launch(
         )
     out = tuple(x.new_empty(*x.shape[:-1], size) for size in n)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    entries = programs * capacity * (1 + compiled_rows)
+    entries = programs * capacity * entry_words(compiled_rows)
     scratch = [torch.empty(entries, dtype=torch.int64, device=x.device)]
     if mma:
-        scratch.append(floats(programs * WARPS * compiled_rows * tile))
+        scratch.append(floats(programs * how.warps * compiled_rows * tile))
     else:
         scratch.append(floats(programs * compiled_rows * (capacity + 1) * (words // 4)))
     kernel = decode_mma_kernel if mma else decode_fma_kernel
+    of_mma = {
+        "PREFETCH": how.prefetch and not interpret,
+        "NUM_WARPS": how.warps,
+        "DEPTH": how.depth,
+        "STAGES": how.stages,
+        "DISCARD": how.discard and not interpret,
+    }
     kernel[(all_tiles, splits, slots)](
         x.contiguous(),
         slices,
@@ -174,6 +186,7 @@ def launch(
         k,
         chunk,
         capacity,
+        *([how.steps_ahead] if mma else []),
         LEVELS=tuple(levels),
         ROWS=compiled_rows,
         WORDS=words,
@@ -181,7 +194,8 @@ def launch(
         MEAN_BLOCK=min(triton.next_power_of_2(k), LARGEST_MEAN_BLOCK),
         SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SUMS_AT_ONCE // tile),
         INTERPRET=interpret,
-        num_warps=WARPS,
-        maxnreg=most_registers(form, compiled_rows, words, block, capability, experts is not None),
+        **(of_mma if mma else {}),
+        num_warps=how.warps,
+        maxnreg=how.registers,
     )
     return list(out)

@@ -14,13 +14,14 @@ from grinqh_ao.ops.triton.combine import combine
 from grinqh_ao.ops.triton.lists import (
     build_lists,
     decode_scale,
+    entry_words,
     has_pairs,
     has_singles,
+    load_x,
     merge,
     power_of_two,
     row_scale_at,
     scales_of,
-    value_of,
     words_of,
 )
 from grinqh_ao.ops.triton.members import find, pick
@@ -60,7 +61,7 @@ def unit(bit):
 
 @triton.jit
 def scale_entries(
-    entries, multiplier, count, scales, capacity, total, MEAN: tl.constexpr, WORDS: tl.constexpr,
+    entries, multiplier, count, capacity, total, MEAN: tl.constexpr, WORDS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes x * scale of every entry and group, adds their sums times the mean code to total."""
@@ -70,11 +71,12 @@ def scale_entries(
     entry = tl.arange(0, AT_ONCE)[:, None]
     for start in range(0, count, AT_ONCE):
         position = start + entry
-        this = entries + position * (1 + ROWS)
-        scale = decode_scale(tl.load(scales_of(scales, tl.load(this)) + group))
+        this = entries + position * entry_words(ROWS)
+        at = tl.load(this)
+        scale = decode_scale(tl.load(scales_of(this) + group))
         new = ()
         for r in tl.static_range(ROWS):
-            product = value_of(tl.load(this + 1 + r)) * scale
+            product = load_x(this, at, r, ROWS) * scale
             tl.store(multiplier + (r * capacity + position) * GROUPS + group, product)
             new = new + (total[r] + product * MEAN,)
         total = new
@@ -145,7 +147,7 @@ def decode_fma_kernel(
     tiles,
     lines,  # of a tile
     # Of all:
-    entries,  # int64 [programs, capacity, 1 + ROWS], see lists.py
+    entries,  # int64 [programs, capacity, entry_words(ROWS)], see lists.py
     multipliers,  # float32 [programs, ROWS, capacity + 1, WORDS / 4]
     partial,  # float32 [splits, ROWS, all tiles * TILE]
     arrivals,  # int32 [all tiles]
@@ -180,7 +182,7 @@ def decode_fma_kernel(
         x += slot * k
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
-    ENTRY: tl.constexpr = 1 + ROWS
+    ENTRY: tl.constexpr = entry_words(ROWS)
     STEP: tl.constexpr = channels_per_step(WORDS, ROWS)
     PADDING: tl.constexpr = entries_at_once(WORDS)
 
@@ -191,8 +193,9 @@ def decode_fma_kernel(
     to_single = 2 * chunk + PADDING
     single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponent = build_lists(
-        x, this, None if low is None else pick(member, low), mean, entries,
-        single_entries, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PADDING, TOP,
+        x, slices, scales, this, None if low is None else pick(member, low), mean, entries,
+        to_single, first, last, rows, k, 0, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, None, PADDING,
+        TOP, False,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -201,11 +204,11 @@ def decode_fma_kernel(
         totals = totals + (tl.zeros((PADDING, GROUPS), tl.float32),)
     if has_pairs(LEVELS):
         totals = scale_entries(
-            entries, multipliers, num_pairs, scales, capacity, totals, 7.5, WORDS, ROWS,
+            entries, multipliers, num_pairs, capacity, totals, 7.5, WORDS, ROWS,
         )  # fmt: skip
     if has_singles(LEVELS):
         totals = scale_entries(
-            single_entries, multipliers + to_single * GROUPS, num_singles, scales, capacity, totals,
+            single_entries, multipliers + to_single * GROUPS, num_singles, capacity, totals,
             1.5, WORDS, ROWS,
         )  # fmt: skip
     # The row behind the last entry: what all outputs of a group have to be corrected by.

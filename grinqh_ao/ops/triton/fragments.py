@@ -20,10 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grinqh_ao.ops.triton.configurations import WARPS
-
-NUM_WARPS = tl.constexpr(WARPS)
-THREADS = tl.constexpr(32 * WARPS)
 MMA = tl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
     "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
@@ -40,15 +36,17 @@ def mma(acc, a0, a1, a2, a3, b0, b1, INTERPRET: tl.constexpr):
     if INTERPRET:
         # A is [warps, row g, t, V], B [warps, column, t, 1]; both become [warps, g, column, t, V].
         V: tl.constexpr = a0.shape[1]
+        THREADS: tl.constexpr = a0.shape[0]
+        WARPS: tl.constexpr = THREADS // 32
         top = tl.zeros((1, 1, 1, 1), tl.float32)
         bottom = top
         for upper in tl.static_range(2):
             for a_top, a_bottom, b in ((a0, a1, b0), (a2, a3, b1)):
-                b = tl.reshape((b >> 16 * upper).to(tl.int16), (NUM_WARPS, 1, 8, 4, 1))
+                b = tl.reshape((b >> 16 * upper).to(tl.int16), (WARPS, 1, 8, 4, 1))
                 b = b.to(tl.float16, bitcast=True).to(tl.float32)
-                a = tl.reshape((a_top >> 16 * upper).to(tl.int16), (NUM_WARPS, 8, 1, 4, V))
+                a = tl.reshape((a_top >> 16 * upper).to(tl.int16), (WARPS, 8, 1, 4, V))
                 top += tl.sum(a.to(tl.float16, bitcast=True).to(tl.float32) * b, 3)
-                a = tl.reshape((a_bottom >> 16 * upper).to(tl.int16), (NUM_WARPS, 8, 1, 4, V))
+                a = tl.reshape((a_bottom >> 16 * upper).to(tl.int16), (WARPS, 8, 1, 4, V))
                 bottom += tl.sum(a.to(tl.float16, bitcast=True).to(tl.float32) * b, 3)
         # [warps, g, 8, V] -> [threads, column 2 t or 2 t + 1, V]
         top = tl.reshape(top, (THREADS, 2, V))

@@ -28,6 +28,9 @@ OCTAVE = tl.constexpr(1 / 16)
 TOP_OCTAVE = tl.constexpr(-255 / 16)
 # (a & ~mask) | (b & mask); the last number is the truth table of that.
 SELECT = tl.constexpr("lop3.b32 $0, $1, $2, 0x33333333, 0xd8;")
+PREFETCH_LINE = tl.constexpr(
+    "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}"
+)
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 GAINS_AT = tl.constexpr(layout.GAINS_AT)
 SENSITIVITY_AT = tl.constexpr(layout.SENSITIVITY_AT)
@@ -90,10 +93,17 @@ def power_of_two(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.constexpr_function
+def entry_words(rows):
+    """int64 of an entry: where its words are, its scales, and x of every row, one of which fits
+    beside the first."""
+    return 2 if rows == 1 else 2 + rows
+
+
 @triton.jit
-def place_of(channel, line, WORDS: tl.constexpr):
-    """Where a channel's scales are << 32 | where a line is, both in bytes."""
-    return (channel.to(tl.int64) * (WORDS // 4) << 32) | (line.to(tl.int64) * (4 * WORDS))
+def place_of(line, WORDS: tl.constexpr):
+    """Where a line is, in bytes."""
+    return line.to(tl.int64) * (4 * WORDS)
 
 
 @triton.jit
@@ -114,57 +124,122 @@ def words_of(words, entry, WORDS: tl.constexpr):
 
 
 @triton.jit
-def scales_of(scales, entry):
-    return scales + (entry >> 32)
+def scales_of(entry):
+    """Pointers to the first scale code of entries."""
+    return (entry + 1).to(tl.pointer_type(tl.uint8))
+
+
+@triton.jit
+def store_entry(entry, at, x, scale_codes, mask):
+    """With one row: all of an entry at once."""
+    both = tl.join(at | (bits_of(x) << 32), scale_codes)
+    tl.store(entry[:, None] + tl.arange(0, 2)[None, :], both, mask=mask[:, None])
+
+
+@triton.jit
+def load_x(entry, at, row, ROWS: tl.constexpr):
+    """What codes are multiplied with in a row, of entries whose first word is ``at``."""
+    return value_of(at >> 32) if ROWS == 1 else value_of(tl.load(entry + 2 + row))
+
+
+@triton.jit
+def load_scale_codes(scales, channel, mask, WORDS: tl.constexpr):
+    """All scale codes of channels, a byte each, as int64."""
+    if WORDS == 32:
+        codes = tl.load(scales.to(tl.pointer_type(tl.int64)) + channel, mask=mask, other=0)
+    elif WORDS == 16:
+        codes = tl.load(scales.to(tl.pointer_type(tl.uint32)) + channel, mask=mask, other=0)
+    elif WORDS == 8:
+        codes = tl.load(scales.to(tl.pointer_type(tl.uint16)) + channel, mask=mask, other=0)
+    else:
+        codes = tl.load(scales + channel, mask=mask, other=0)
+    return codes.to(tl.int64)
+
+
+@triton.jit
+def prefetch(address, mask):
+    """Asks for the 128 bytes at an int64 address to be brought into the L2 cache."""
+    tl.inline_asm_elementwise(
+        PREFETCH_LINE, "=r,l,r", [address, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.constexpr_function
+def lines_of_channel(levels):
+    """At most, where each line of a pair has an entry."""
+    return max(levels) // 2
+
+
+@triton.jit
+def slot_of(pair, STEP: tl.constexpr):
+    """Where the entry of a pair is among entries, that of its upper line if both have one."""
+    return pair if STEP is None else 2 * pair - pair % 4
 
 
 @triton.jit
 def build_lists(
     x,  # [rows, k]
+    words,  # int32 [lines, WORDS], of the tile
+    scales,  # uint8 [k, WORDS / 4]
     vectors,  # float32 [L], see vectors.py
     low,  # int32 [k] in compact storage, else None
     known_mean,  # float32 [rows] where x is a part of a row, else None
-    pair_entries,  # int64 [2 * chunk + PADDING, 1 + ROWS]
-    single_entries,  # int64 [chunk + PADDING, 1 + ROWS]
+    entries,  # int64 [capacity, entry_words(ROWS)]
+    to_singles,  # entries before the list of singles, if STEP is None
     first,  # channels first .. last - 1
     last,
     rows,
     k,
+    steps_ahead,  # that are prefetched
     LEVELS: tl.constexpr,
     WORDS: tl.constexpr,  # of a line
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # at least last - first
     MEAN_BLOCK: tl.constexpr,
+    STEP: tl.constexpr,  # entries of the loops' steps, or None
     PADDING: tl.constexpr,  # entries that multiply with zero behind the last one
     TOP: tl.constexpr,  # x is scaled by a power of two that puts the largest at 2 ** TOP
+    PREFETCH: tl.constexpr,
 ):
     """Returns the lengths of both lists and the exponent of the power of two.
 
-    An entry is one row of int64: where its words are | where its scales are << 32, both in bytes
-    from the beginning of a tile; then for every row of x what the codes are multiplied with, but
-    for the scale, as float32 bits.
+    With a STEP there is an entry per line, and singles begin at the first step that has no pairs:
+    a loop over steps goes through both lists. Of eight entries of pairs, four are upper lines and
+    four the lower ones; these have no scales and no x.
+
+    An entry is int64 [entry_words(ROWS)]: where its words are, in bytes from the beginning of a
+    tile, unsigned; the scale codes of its channel, a byte each; then for every row of x what the
+    codes are multiplied with, but for the scale, as float32 bits. One row has no word of its own,
+    it is in the upper half of the first one.
     """
-    ENTRY: tl.constexpr = 1 + ROWS
+    ENTRY: tl.constexpr = entry_words(ROWS)
     STEPS: tl.constexpr = len(LEVELS) - 1
     thresholds = vectors
-    gains = vectors + GAINS_AT
     sensitivity = vectors + SENSITIVITY_AT
     channel = first + tl.arange(0, BLOCK)
     inside = channel < last
 
+    # What does not depend on anything, first: memory takes its time.
+    weighs = tl.load(sensitivity + channel, mask=inside, other=0)
+    codes = load_scale_codes(scales, channel, inside, WORDS)
+    low_place = channel
+    if low is not None:
+        low_place = tl.load(low + channel, mask=inside, other=0)
+    gain_2 = tl.load(vectors + GAINS_AT)
+    gain_4 = tl.load(vectors + (GAINS_AT + 1))
+    gain_6 = tl.load(vectors + (GAINS_AT + 2))
+    gain_8 = tl.load(vectors + (GAINS_AT + 3))
     relative = 0.0
     for j in tl.static_range(STEPS):
         relative += tl.load(thresholds + STEPS + j)
 
     # Several rows share what is read: a channel's level is the highest that any of them asks for.
     slices = tl.zeros((BLOCK,), tl.int32)
-    weighs = tl.load(sensitivity + channel, mask=inside, other=0)
-    largest = 0.0
+    largest = tl.zeros((BLOCK,), tl.float32)
     for r in range(ROWS):
         mask = inside & (r < rows)
         magnitude = tl.abs(tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32))
-        finite = tl.where(magnitude <= FLOAT32_MAX, magnitude, 0.0)
-        largest = tl.maximum(largest, tl.max(finite, 0))
+        largest = tl.maximum(largest, tl.where(magnitude <= FLOAT32_MAX, magnitude, 0.0))
         mean = 0.0
         if (relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
             if known_mean is None:
@@ -173,48 +248,81 @@ def build_lists(
                 mean = tl.load(known_mean + r)
         wanted = slices_of(magnitude * weighs, thresholds, mean, LEVELS)
         slices = tl.maximum(slices, tl.where(mask, wanted, 0))
-    low_place = channel
     if low is not None:
-        low_place = tl.load(low + channel, mask=inside, other=0)
         slices = tl.where(low_place < 0, tl.minimum(slices, high_lines(LEVELS)), slices)
-
-    # Zero has exponent -127 here; within these bounds no product overflows.
-    exponent = TOP - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
-    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
-    gain = tl.load(gains + slices - 1, mask=slices > 0, other=0) * power_of_two(exponent)
 
     pairs = slices >> 1
     single = slices & 1
     ones = pairs | (single << 16)
     before = tl.cumsum(ones, 0) - ones
+    before_pairs = before & 0xFFFF
+    before_singles = before >> 16
+    at = place_of(channel * high_lines(LEVELS), WORDS)
+    low_at = place_of(k * high_lines(LEVELS) + low_place * low_lines(LEVELS), WORDS)
+    single_at = tl.where(pairs > 0, low_at, at)
+    if PREFETCH:  # what the loops read first is on its way while lists are written
+        base = words.to(tl.int64)
+        soon = before_pairs < steps_ahead * (STEP // 2)
+        for line in tl.static_range(2):
+            prefetch(base + at + line * 4 * WORDS, soon & (pairs > 0))
+            prefetch(base + low_at + line * 4 * WORDS, soon & (pairs > 1))
+        prefetch(base + single_at, (single > 0) & (before_singles < steps_ahead * STEP))
+
+    largest = tl.max(largest, 0)
     total = tl.sum(ones, 0)
     num_pairs = total & 0xFFFF
     num_singles = total >> 16
+    if STEP is not None:
+        to_singles = (num_pairs + (STEP // 2 - 1)) // (STEP // 2) * STEP
+    single_entries = entries + to_singles * ENTRY
+    # Zero has exponent -127 here; within these bounds no product overflows.
+    exponent = TOP - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    gain = tl.where(slices >= 4, gain_8, tl.where(slices == 3, gain_6, gain_4))
+    gain = tl.where(slices == 1, gain_2, gain) * power_of_two(exponent)
 
-    at = place_of(channel, channel * high_lines(LEVELS), WORDS)
-    low_line = k * high_lines(LEVELS) + low_place * low_lines(LEVELS)
-    low_at = place_of(channel, low_line, WORDS)
-    first_pair = pair_entries + (before & 0xFFFF) * ENTRY
-    only_single = single_entries + (before >> 16) * ENTRY
-    tl.store(first_pair, at, mask=pairs > 0)
-    tl.store(first_pair + ENTRY, low_at, mask=pairs > 1)
-    tl.store(only_single, tl.where(pairs > 0, low_at, at), mask=single > 0)
-    for r in range(ROWS):
-        mask = inside & (r < rows)
-        value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32) * gain
-        tl.store(first_pair + 1 + r, bits_of(value * 0.125), mask=pairs > 0)
-        tl.store(first_pair + ENTRY + 1 + r, bits_of(value * (0.125 / 16)), mask=pairs > 1)
-        value = value * tl.where(pairs > 0, 0.5 / 16, 0.5)
-        tl.store(only_single + 1 + r, bits_of(value), mask=single > 0)
+    first_pair = entries + slot_of(before_pairs, STEP) * ENTRY
+    second_pair = entries + slot_of(before_pairs + 1, STEP) * ENTRY
+    only_single = single_entries + before_singles * ENTRY
+    if STEP is not None:
+        tl.store(first_pair + 4 * ENTRY, at + 4 * WORDS, mask=pairs > 0)
+        tl.store(second_pair + 4 * ENTRY, low_at + 4 * WORDS, mask=pairs > 1)
+    of_single = tl.where(pairs > 0, 0.5 / 16, 0.5)
+    if ROWS == 1:
+        value = tl.load(x + channel, mask=inside, other=0).to(tl.float32) * gain
+        store_entry(first_pair, at, value * 0.125, codes, pairs > 0)
+        store_entry(second_pair, low_at, value * (0.125 / 16), codes, pairs > 1)
+        store_entry(only_single, single_at, value * of_single, codes, single > 0)
+    else:
+        tl.store(first_pair, at, mask=pairs > 0)
+        tl.store(second_pair, low_at, mask=pairs > 1)
+        tl.store(only_single, single_at, mask=single > 0)
+        tl.store(first_pair + 1, codes, mask=pairs > 0)
+        tl.store(second_pair + 1, codes, mask=pairs > 1)
+        tl.store(only_single + 1, codes, mask=single > 0)
+        for r in range(ROWS):
+            mask = inside & (r < rows)
+            value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32) * gain
+            tl.store(first_pair + 2 + r, bits_of(value * 0.125), mask=pairs > 0)
+            tl.store(second_pair + 2 + r, bits_of(value * (0.125 / 16)), mask=pairs > 1)
+            tl.store(only_single + 2 + r, bits_of(value * of_single), mask=single > 0)
 
-    padding = tl.arange(0, PADDING) * ENTRY
-    nowhere = place_of(0 * padding + first, 0 * padding, WORDS)
+    # The first line, times zero.
+    padding = tl.arange(0, PADDING)
     zero = tl.zeros((PADDING,), tl.int64)
-    tl.store(pair_entries + num_pairs * ENTRY + padding, nowhere)
-    tl.store(single_entries + num_singles * ENTRY + padding, nowhere)
-    for r in range(ROWS):
-        tl.store(pair_entries + num_pairs * ENTRY + padding + 1 + r, zero)
-        tl.store(single_entries + num_singles * ENTRY + padding + 1 + r, zero)
+    for i in tl.static_range(ENTRY):
+        tl.store(single_entries + (num_singles + padding) * ENTRY + i, zero)
+    if STEP is None:
+        for i in tl.static_range(ENTRY):
+            tl.store(entries + (num_pairs + padding) * ENTRY + i, zero)
+    else:
+        padding = tl.arange(0, STEP // 2)
+        zero = tl.zeros((STEP // 2,), tl.int64)
+        pair = entries + slot_of(num_pairs + padding, STEP) * ENTRY
+        mask = num_pairs + padding < to_singles // 2
+        for i in tl.static_range(ENTRY):
+            tl.store(pair + i, zero, mask=mask)
+        tl.store(pair + 4 * ENTRY, zero, mask=mask)
     return num_pairs, num_singles, exponent
 
 
