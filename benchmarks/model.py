@@ -76,7 +76,7 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     channels = k / splits
     per_step = {"pairs": 0.0, "singles": 0.0}
     for kind, slices in (("pairs", 2), ("singles", 1)):
-        weights = compiled["work"][kind] * 32 * configurations.WARPS
+        weights = compiled["work"][kind] * 32 * compiled["warps"]
         per_step[kind] = weights / (slices * tile)
     entries = {
         "pairs": channels * (shares[4] + shares[6] + 2 * shares[8]),
@@ -111,11 +111,11 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     needed = n * k * (bits + active * 8 / 64) / 8
     dram_us = needed / gpu.gigabytes_per_second / 1e3
     cycles = gpu.multiprocessors * gpu.gigahertz * 1e3  # per microsecond
-    threads = programs * 32 * configurations.WARPS
-    fit = REGISTERS_PER_SM // (-(-compiled["registers"] // 8) * 8 * 32 * configurations.WARPS)
+    threads = programs * 32 * compiled["warps"]
+    fit = REGISTERS_PER_SM // (-(-compiled["registers"] // 8) * 8 * 32 * compiled["warps"])
     resident = min(fit, programs / gpu.multiprocessors)
-    step = 2048 * (configurations.depth(1, block) if form == "mma" else 1)  # bytes of a warp
-    in_flight = resident * configurations.WARPS * step * gpu.multiprocessors
+    step = 2048  # bytes of a warp
+    in_flight = resident * compiled["warps"] * step * gpu.multiprocessors
     return {
         "gpu": name,
         "layer": f"{n}x{k}",

@@ -55,7 +55,6 @@ DECODE = {
     "k": "i32",
     "chunk": "i32",
     "capacity": "i32",
-    "steps_ahead": "i32",
 }
 DEQUANTIZE = {
     "slices": "*i32",
@@ -68,7 +67,7 @@ DEQUANTIZE = {
     "lines": "i32",
 }
 # By 16; of the rest Triton knows at run time that it can be divided.
-INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity", "steps_ahead"}
+INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity"}
 
 
 class Job(NamedTuple):
@@ -95,7 +94,7 @@ def decode_job(
 ) -> Job:
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
-    how = configurations.program(form, rows, words, block, capability, experts)
+    how = configurations.program(form, rows, words, block, capability)
     constants = {
         "LEVELS": (0, 2, 4, 6, 8),
         "ROWS": rows,
@@ -111,8 +110,9 @@ def decode_job(
     else:
         constants["experts"] = None
     if form == "mma":
-        constants |= {"NUM_WARPS": how.warps, "DEPTH": how.depth, "STAGES": how.stages, "DISCARD": how.discard, "PREFETCH": how.prefetch}
-        entries = (8 * how.depth, 16 * how.depth)
+        constants |= {"NUM_WARPS": how.warps}
+        lines = decode_mma.LINES.value
+        entries = (2 * lines, 4 * lines)
     else:
         channels = decode_fma.channels_per_step(words, rows) / how.warps
         entries = (channels, 2 * channels)
@@ -217,6 +217,7 @@ def report(job: Job) -> dict[str, Any]:
         "capability": job.capability,
         "work": job.work,
         "registers": registers,
+        "warps": job.warps,
         "stack": stack,
         "shared": shared,
         "local": local,

@@ -27,7 +27,9 @@ def decode_together(x, weights, biases, chunk=None, mean=None):
         for w, bias in zip(weights, biases, strict=True)
     ]
     chunk = chunk or x.shape[-1]
-    found = launch(x, arguments, weights[0].levels, chunk, counters, 90, interpret=True, mean=mean)
+    found = launch(
+        x, arguments, weights[0].levels, chunk, counters, 90, mean=mean, interpret=True
+    )
     assert not counters.any()  # as the next launch needs them
     return found
 
@@ -211,7 +213,7 @@ def test_experts(n, dtype):
     x = laplace(3, 40).to(dtype)
     arguments = Weight(stack.slices, stack.scales, stack.vectors, None, None)
     counters = torch.zeros(3 * stack.slices.shape[1], dtype=torch.int32)
-    (found,) = launch(x, [arguments], stack.levels, 25, counters, 90, True, experts)
+    (found,) = launch(x, [arguments], stack.levels, 25, counters, 90, experts, interpret=True)
     assert not counters.any()
     for row, y, expert in zip(x, found, experts, strict=True):
         assert torch.equal(y[None], decode(row[None], weights[expert], chunk=25))

@@ -1,83 +1,73 @@
 """How decode kernels are cut into programs: one table, no tuning at run time.
 
 A program reads one tile of outputs (512 for most layers) over a chunk of input channels. More
-programs keep more bytes in flight; longer chunks waste less on lists and their padding.
+programs keep more bytes in flight and start reading sooner; longer chunks waste less on lists,
+padding and sums.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-
-class Program(NamedTuple):
-    """How a decode kernel is compiled."""
-
-    warps: int
-    depth: int  # of a step of the mma form
-    prefetch: bool
-    steps_ahead: int  # that are prefetched
-    discard: bool
-    stages: int
-    registers: int | None  # per thread at most; None where the compiler's own choice is right
+SMALL_WARPS = 4
+LARGE_WARPS = 8
 
 
-# Compute capability -> programs on each multiprocessor at a time, at most, with deep steps and with
-# shallow ones: what fits, or less where the memory's bandwidth and latency ask for fewer bytes in
-# flight (a program has 16 KiB or 8). Of a capability that is not here, the next lower one's. From
-# the model in docs/kernel.md; not tuned on a GPU yet.
-PROGRAMS_PER_SM = {
-    80: (3, 4),  # A100
-    86: (2, 2),  # RTX 30
-    89: (2, 2),  # RTX 40, L4, L40S
-    90: (2, 4),  # H100, H200
-    100: (2, 4),  # B200
-    120: (2, 2),  # RTX 50
+class Gpu(NamedTuple):
+    programs: int  # small ones on each multiprocessor at a time, at most
+    large_registers: int | None  # see Program
+
+
+# By compute capability; of one that is not here, the next lower one's. Programs are what fits, or
+# less where the memory's bandwidth and latency ask for fewer bytes in flight; of other forms and of
+# several rows two fit. 90 was looked at on a GPU (docs/kernel.md), the rest is from the model there.
+GPUS = {
+    80: Gpu(3, 128),  # A100
+    86: Gpu(2, 168),  # RTX 30
+    89: Gpu(2, 168),  # RTX 40, L4, L40S
+    90: Gpu(3, 128),  # H100, H200
+    100: Gpu(3, 128),  # B200
+    120: Gpu(2, None),  # RTX 50
 }
 # Channels per program, powers of two because a list is built from a block of such a size; with
 # fewer a program is not worth its lists and its partial sum.
-CHUNKS = (128, 256, 512, 1024, 2048)
-# For layers so small that multiprocessors would idle.
-CHUNK_OF_SMALL_LAYERS = 64
+SMALL_CHUNKS = (128, 256)
+LARGE_CHUNKS = (512, 1024)
+# The last program of a tile adds up the sums of all, and each program that needs the mean of a row
+# of activations reads all of it.
+MOST_SMALL_SPLITS = 32
+MOST_LARGE_SPLITS = 16
 
 
-def program(
-    form: str, rows: int, words: int, block: int, capability: int, experts: bool = False
-) -> Program:
-    if form == "mma" and rows == 1:
-        return Program(8, 1, False, 2, False, 0, 128)
-    registers = most_registers(form, rows, words, block, capability, experts)
-    return Program(4, 1, False, 2, False, 0, registers)
+class Program(NamedTuple):
+    """How a kernel is compiled."""
+
+    warps: int
+    registers: int | None  # per thread at most; None where the compiler's own choice is right
 
 
-def depth(rows: int, block: int) -> int:
-    """Of a step of the mma form: 2 is deep, eight rows of words per warp instead of four.
+def is_large(form: str, rows: int, block: int) -> bool:
+    """Whether a program has eight warps: of the mma form, with one row and long chunks."""
+    return (form, rows) == ("mma", 1) and block >= LARGE_CHUNKS[0]
 
-    More than one row of activations leaves no registers for that, and short chunks would only pad
-    their lists with it.
+
+def gpu(capability: int) -> Gpu:
+    return GPUS[max(known for known in GPUS if known <= capability)]
+
+
+def program(form: str, rows: int, words: int, block: int, capability: int) -> Program:
+    """Limits of registers were found by compiling; the tests hold what comes of them.
+
+    Args:
+        form: of the kernel, mma or fma.
+        rows: of activations, as compiled.
+        words: of a line.
+        block: channels that a list is built from, a power of two.
+        capability: 10 * major + minor, 80 at least.
     """
-    return 2 if rows == 1 and block >= 512 else 1
-
-
-def most_registers(
-    form: str, rows: int, words: int, block: int, capability: int, experts: bool = False
-) -> int | None:
-    """Per thread; None where the compiler's own choice is right.
-
-    It aims at numbers of programs on a multiprocessor that may make it spill, or does with limits
-    that it does not need. These were found by compiling; the tests hold what comes of them.
-    """
-    if rows > 1:
-        return 192 if form == "mma" and rows <= 4 else None
-    if form == "fma":
-        return 128 if words == 32 else 144
-    if words == 16:
-        return 168
-    deep = depth(rows, block) == 2
-    if experts and not deep:
-        return 128
-    if experts and capability < 86:
-        return 160
-    return 224 if deep and 86 <= capability <= 90 else None
+    if is_large(form, rows, block):
+        return Program(LARGE_WARPS, gpu(capability).large_registers)
+    return Program(SMALL_WARPS, 168 if (form, rows, words) == ("fma", 1, 32) else None)
 
 
 def chunk_length(
@@ -93,12 +83,13 @@ def chunk_length(
         form: of the kernel, mma or fma.
         rows: of activations.
     """
-    known = max(row for row in PROGRAMS_PER_SM if row <= capability)
-    deep, shallow = PROGRAMS_PER_SM[known]
-    programs = multiprocessors * (deep if (form, rows) == ("mma", 1) else shallow)
-    if tiles * -(-k // CHUNKS[0]) < multiprocessors:
-        return CHUNK_OF_SMALL_LAYERS
-    for chunk in CHUNKS:
-        if tiles * -(-k // chunk) <= programs:
+    at_a_time = gpu(capability).programs
+    slots = multiprocessors * (at_a_time if (form, rows) == ("mma", 1) else min(at_a_time, 2))
+    for chunk in SMALL_CHUNKS + LARGE_CHUNKS:
+        splits = -(-k // chunk)
+        large = is_large(form, rows, chunk)
+        most_splits = MOST_LARGE_SPLITS if large else MOST_SMALL_SPLITS
+        size = LARGE_WARPS // SMALL_WARPS if large else 1
+        if splits <= most_splits and tiles * splits * size <= slots:
             return chunk
-    return CHUNKS[-1]
+    return LARGE_CHUNKS[-1]

@@ -20,7 +20,7 @@ from torch import Tensor
 from grinqh_ao.ops.triton.arrivals import MOST_TILES, arrivals
 from grinqh_ao.ops.triton.configurations import chunk_length, program
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
-from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel
+from grinqh_ao.ops.triton.decode_mma import LINES, decode_mma_kernel
 from grinqh_ao.ops.triton.lists import entry_words, lines_of_channel
 from grinqh_ao.vectors import outputs_of
 
@@ -72,7 +72,7 @@ def decode_linears(
     form = form_of(x, words)
     chunk = chunk_length(capability, multiprocessors, tiles, k, form, x.numel() // k)
     counters = arrivals(tiles, x.device)
-    return launch(x, weights, levels, chunk, counters, capability, interpret=False, mean=mean)
+    return launch(x, weights, levels, chunk, counters, capability, mean=mean)
 
 
 def supports_experts(x: Tensor, weights: Weight) -> bool:
@@ -92,7 +92,7 @@ def decode_experts(x: Tensor, experts: Tensor, weights: Weight, levels: Sequence
     tiles, words = slots * weights.slices.shape[1], weights.slices.shape[3]
     chunk = chunk_length(capability, multiprocessors, tiles, k, form_of(x, words), 1)
     counters = arrivals(tiles, x.device)
-    return launch(x, [weights], levels, chunk, counters, capability, False, experts)[0]
+    return launch(x, [weights], levels, chunk, counters, capability, experts)[0]
 
 
 def form_of(x: Tensor, words: int) -> str:
@@ -106,9 +106,9 @@ def launch(
     chunk: int,
     counters: Tensor,
     capability: int,
-    interpret: bool,
     experts: Tensor | None = None,
     mean: Tensor | None = None,
+    interpret: bool = False,
 ) -> list[Tensor]:
     """Runs the kernel with chunks of a given length, on a device or in the interpreter.
 
@@ -131,13 +131,12 @@ def launch(
     splits = -(-k // chunk)
     programs = slots * splits * all_tiles
     block = triton.next_power_of_2(chunk)
-    how = program(form, compiled_rows, words, block, capability, experts is not None)
-    # Entries of a program, with padding, and what is loaded ahead of the last step.
+    how = program(form, compiled_rows, words, block, capability)
+    # Of a program, with padding, and what is loaded ahead of the last step.
     if mma:
-        capacity = lines_of_channel(levels) * chunk + 64 * how.depth * how.warps
+        capacity = lines_of_channel(levels) * chunk + 16 * LINES.value * how.warps
     else:
         capacity = 3 * chunk + 2 * entries_at_once(words)
-    capacity = -(-capacity // 8) * 8
 
     def of_each(name: str) -> tuple[Tensor, ...]:
         return tuple(getattr(weight, name).contiguous() for weight in weights)
@@ -159,13 +158,6 @@ def launch(
     else:
         scratch.append(floats(programs * compiled_rows * (capacity + 1) * (words // 4)))
     kernel = decode_mma_kernel if mma else decode_fma_kernel
-    of_mma = {
-        "PREFETCH": how.prefetch and not interpret,
-        "NUM_WARPS": how.warps,
-        "DEPTH": how.depth,
-        "STAGES": how.stages,
-        "DISCARD": how.discard and not interpret,
-    }
     kernel[(all_tiles, splits, slots)](
         x.contiguous(),
         slices,
@@ -186,7 +178,6 @@ def launch(
         k,
         chunk,
         capacity,
-        *([how.steps_ahead] if mma else []),
         LEVELS=tuple(levels),
         ROWS=compiled_rows,
         WORDS=words,
@@ -194,7 +185,7 @@ def launch(
         MEAN_BLOCK=min(triton.next_power_of_2(k), LARGEST_MEAN_BLOCK),
         SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SUMS_AT_ONCE // tile),
         INTERPRET=interpret,
-        **(of_mma if mma else {}),
+        **({"NUM_WARPS": how.warps} if mma else {}),
         num_warps=how.warps,
         maxnreg=how.registers,
     )

@@ -194,8 +194,8 @@ def decode_fma_kernel(
     single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponent = build_lists(
         x, slices, scales, this, None if low is None else pick(member, low), mean, entries,
-        to_single, first, last, rows, k, 0, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, None, PADDING,
-        TOP, False,
+        to_single, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, None, PADDING,
+        TOP, 0, INTERPRET,
     )  # fmt: skip
     tl.debug_barrier()
 

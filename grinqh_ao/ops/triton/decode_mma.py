@@ -34,14 +34,15 @@ from grinqh_ao.ops.triton.members import find, pick
 
 # x is scaled to at most 2 ** TOP: products with scales and gains, at most 1, stay below 65504.
 TOP = tl.constexpr(14)
-DISCARD_LINE = tl.constexpr(
-    "{.reg .pred p; setp.ne.s32 p, $2, 0; @p discard.global.L2 [$1], 128; mov.u32 $0, 0;}"
-)
+# That a lane reads in a step; a pair has two.
+LINES = tl.constexpr(4)
+# Of what a program reads first, brought into the L2 cache while it writes its lists.
+PREFETCHED_STEPS = tl.constexpr(2)
 
 
 @triton.jit
-def load_entries(entry, row, group, COUNT: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr):
-    """Of COUNT channels per lane, 4 entries apart: places, the lane's row of x, and scale codes.
+def load_entries(entry, row, group, WORDS: tl.constexpr, ROWS: tl.constexpr):
+    """Of a lane's lines, 4 entries apart: places, the lane's row of x, and scale codes.
 
     x comes as tuples of blocks of four rows. Scale codes are one, of the lane's column's group,
     with one row, else those of four groups.
@@ -49,7 +50,7 @@ def load_entries(entry, row, group, COUNT: tl.constexpr, WORDS: tl.constexpr, RO
     ats = ()
     xs = ()
     scales = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(LINES):
         this = entry + 4 * i * entry_words(ROWS)
         at = tl.load(this)
         x = ()
@@ -58,28 +59,6 @@ def load_entries(entry, row, group, COUNT: tl.constexpr, WORDS: tl.constexpr, RO
         codes = ()
         for j in tl.static_range(1 if ROWS == 1 else 4):
             codes = codes + (tl.load(scales_of(this) + group + 2 * j * WORDS // 64),)
-        ats = ats + (at,)
-        xs = xs + (x,)
-        scales = scales + (codes,)
-    return ats, xs, scales
-
-
-@triton.jit
-def load_entries_64(entry, row, group, COUNT: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr):
-    ats = ()
-    xs = ()
-    scales = ()
-    for i in tl.static_range(COUNT):
-        this = entry + 4 * i * entry_words(ROWS)
-        at = tl.load(this)
-        x = ()
-        for block in tl.static_range((ROWS + 3) // 4):
-            x = x + (load_x(this, at, 4 * block + row, ROWS),)
-        of_channel = tl.load(this + 1)
-        codes = ()
-        for j in tl.static_range(1 if ROWS == 1 else 4):
-            code = of_channel >> (8 * (group + 2 * j * WORDS // 64))
-            codes = codes + (code.to(tl.int32) & 0xFF,)
         ats = ats + (at,)
         xs = xs + (x,)
         scales = scales + (codes,)
@@ -110,19 +89,6 @@ def multipliers(xs, codes, shift, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
         for block in tl.static_range(BLOCKS):
             bs = bs + (multiplier(xs[block], codes[j], shift),)
     return bs
-
-
-@triton.jit
-def discard(scratch, count, thread, WORDS: tl.constexpr):
-    """Drops int64 [count, WORDS] from the caches; they would be written to memory in vain."""
-    LINE: tl.constexpr = 16
-    for start in range(0, count * WORDS, LINE * thread.shape[0]):
-        at = start + LINE * thread
-        mask = at + LINE <= count * WORDS
-        tl.inline_asm_elementwise(
-            DISCARD_LINE, "=r,l,r", [(scratch + at).to(tl.int64), mask.to(tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -161,7 +127,7 @@ def store_sums(
                     tl.store(to + row * (16 * WORDS) + field * WORDS + word, value)
 
 
-@triton.jit(do_not_specialize=["chunk", "steps_ahead"])
+@triton.jit(do_not_specialize=["chunk"])
 def decode_mma_kernel(
     x,  # float16 or bfloat16 [rows, k]
     # Of each weight, in tuples:
@@ -185,18 +151,13 @@ def decode_mma_kernel(
     k,
     chunk,
     capacity,
-    steps_ahead,  # that are prefetched
     LEVELS: tl.constexpr,
     ROWS: tl.constexpr,  # 1, 4 or 8
     WORDS: tl.constexpr,  # 32 or 16
     BLOCK: tl.constexpr,
     MEAN_BLOCK: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr,
-    PREFETCH: tl.constexpr,  # see lists.py
     NUM_WARPS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DISCARD: tl.constexpr,
-    STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -216,7 +177,7 @@ def decode_mma_kernel(
         scales += expert * all_tiles * k * (WORDS // 4)
         this += expert * (row_scale_at(k) + n[0])
         x += slot * k
-    STEP: tl.constexpr = 16 * DEPTH * NUM_WARPS  # entries
+    STEP: tl.constexpr = 4 * LINES * NUM_WARPS  # entries
     PADDING: tl.constexpr = 2 * STEP  # to whole steps, and one that is loaded in vain
     ENTRY: tl.constexpr = entry_words(ROWS)
     THREADS: tl.constexpr = 32 * NUM_WARPS
@@ -225,17 +186,17 @@ def decode_mma_kernel(
     V: tl.constexpr = WORDS // 8
     TILE: tl.constexpr = 16 * WORDS
 
-    if PREFETCH:
+    if not INTERPRET:  # they are read at the very end
         line = tl.arange(0, TILE // 32)
-        address = (pick(member, vectors) + row_scale_at(k) + tile_of_weight * TILE).to(tl.int64)
+        address = (this + row_scale_at(k) + tile_of_weight * TILE).to(tl.int64)
         prefetch(address + 128 * line, tile_of_weight * TILE + 32 * line < pick(member, n))
     first = split * chunk
     last = tl.minimum(first + chunk, k)
     entries += program * capacity * ENTRY
     num_pairs, num_singles, exponent = build_lists(
         x, slices, scales, this, None if low is None else pick(member, low), mean, entries, None,
-        first, last, rows, k, steps_ahead, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, STEP, PADDING,
-        TOP, PREFETCH,
+        first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, STEP, PADDING,
+        TOP, PREFETCHED_STEPS * STEP, INTERPRET,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -261,87 +222,54 @@ def decode_mma_kernel(
     for _ in tl.static_range(2 if ROWS == 1 else 8 * BLOCKS):
         sums = sums + (tl.zeros((THREADS, 1), tl.float32),)
 
-    if STAGES == 0:
-        # A step reads 4 * DEPTH lines per lane: pairs first, then singles. They are loaded one step
-        # ahead, and the entries that say where they are another one. Eight rows leave no registers for
-        # that.
-        COUNT: tl.constexpr = 4 * DEPTH
-        entry = entries + (warp * (16 * DEPTH) + t) * ENTRY
-        at, x, scale = load_entries(entry, row, group, COUNT, WORDS, ROWS)
-        words = load_words(lane_words, at, WORDS)
-        entry += STEP * ENTRY
-        next_at, next_x, next_scale = load_entries(entry, row, group, COUNT, WORDS, ROWS)
-        if has_pairs(LEVELS):
-            for _ in range(0, num_pairs, STEP // 2):
-                if not AHEAD:
-                    words = load_words(lane_words, at, WORDS)
-                b = ()
-                nibbles = ()
-                for i in tl.static_range(0, COUNT, 2):
-                    b = b + (multipliers(x[i], scale[i], shift, BLOCKS, ROWS),)
-                    nibbles = nibbles + (merge(words[i], words[i + 1], INTERPRET),)
-                at = next_at
-                x = next_x
-                scale = next_scale
-                entry += STEP * ENTRY
-                next_at, next_x, next_scale = load_entries(entry, row, group, COUNT, WORDS, ROWS)
-                if AHEAD:
-                    words = load_words(lane_words, at, WORDS)
-                for i in tl.static_range(0, 2 * DEPTH, 2):
-                    acc, sums = accumulate(
-                        acc, sums, nibbles[i], nibbles[i + 1], b[i], b[i + 1], True, BLOCKS, ROWS,
-                        INTERPRET,
-                    )  # fmt: skip
-            acc = pairs_to_singles(acc, BLOCKS)
-        if has_singles(LEVELS):
-            for _ in range(0, num_singles, STEP):
-                if not AHEAD:
-                    words = load_words(lane_words, at, WORDS)
-                b = ()
-                for i in tl.static_range(COUNT):
-                    b = b + (multipliers(x[i], scale[i], shift, BLOCKS, ROWS),)
-                at = next_at
-                x = next_x
-                scale = next_scale
-                entry += STEP * ENTRY
-                next_at, next_x, next_scale = load_entries(entry, row, group, COUNT, WORDS, ROWS)
-                for i in tl.static_range(0, COUNT, 2):
-                    words0 = (words[i], words[i])
-                    words1 = (words[i + 1], words[i + 1])
-                    acc, sums = accumulate(
-                        acc, sums, words0, words1, b[i], b[i + 1], False, BLOCKS, ROWS, INTERPRET
-                    )
-                if AHEAD:
-                    words = load_words(lane_words, at, WORDS)
-    else:
-        COUNT: tl.constexpr = 4 * DEPTH
-        entry = entries + (warp * (16 * DEPTH) + t) * ENTRY
-        pair_steps = (num_pairs + (STEP // 2 - 1)) // (STEP // 2)
-        steps = pair_steps + (num_singles + (STEP - 1)) // STEP
-        for step in tl.range(0, steps, num_stages=STAGES):
-            ats, values, codes = load_entries_64(
-                entry + step * STEP * ENTRY, row, group, COUNT, WORDS, ROWS
+    # A step reads four lines per lane: pairs first, then singles. They are loaded one step
+    # ahead, and the entries that say where they are another one. Eight rows leave no registers for
+    # that.
+    entry = entries + (warp * (4 * LINES) + t) * ENTRY
+    at, x, scale = load_entries(entry, row, group, WORDS, ROWS)
+    words = load_words(lane_words, at, WORDS)
+    entry += STEP * ENTRY
+    next_at, next_x, next_scale = load_entries(entry, row, group, WORDS, ROWS)
+    if has_pairs(LEVELS):
+        for _ in range(0, num_pairs, STEP // 2):
+            if not AHEAD:
+                words = load_words(lane_words, at, WORDS)
+            b = ()
+            nibbles = ()
+            for i in tl.static_range(0, LINES, 2):
+                b = b + (multipliers(x[i], scale[i], shift, BLOCKS, ROWS),)
+                nibbles = nibbles + (merge(words[i], words[i + 1], INTERPRET),)
+            at = next_at
+            x = next_x
+            scale = next_scale
+            entry += STEP * ENTRY
+            next_at, next_x, next_scale = load_entries(entry, row, group, WORDS, ROWS)
+            if AHEAD:
+                words = load_words(lane_words, at, WORDS)
+            acc, sums = accumulate(
+                acc, sums, nibbles[0], nibbles[1], b[0], b[1], True, BLOCKS, ROWS, INTERPRET
             )
-            lines_of_step = load_words(lane_words, ats, WORDS)
-            bs = ()
-            for i in tl.static_range(COUNT):
-                bs = bs + (multipliers(values[i], codes[i], shift, BLOCKS, ROWS),)
-            if step < pair_steps:
-                for i in tl.static_range(0, COUNT, 4):
-                    lower_ = merge(lines_of_step[i], lines_of_step[i + 1], INTERPRET)
-                    upper_ = merge(lines_of_step[i + 2], lines_of_step[i + 3], INTERPRET)
-                    acc, sums = accumulate(
-                        acc, sums, lower_, upper_, bs[i], bs[i + 2], True, BLOCKS, ROWS, INTERPRET
-                    )
-                if step == pair_steps - 1:
-                    acc = pairs_to_singles(acc, BLOCKS)
-            else:
-                for i in tl.static_range(0, COUNT, 2):
-                    lower_ = (lines_of_step[i], lines_of_step[i])
-                    upper_ = (lines_of_step[i + 1], lines_of_step[i + 1])
-                    acc, sums = accumulate(
-                        acc, sums, lower_, upper_, bs[i], bs[i + 1], False, BLOCKS, ROWS, INTERPRET
-                    )
+        acc = pairs_to_singles(acc, BLOCKS)
+    if has_singles(LEVELS):
+        for _ in range(0, num_singles, STEP):
+            if not AHEAD:
+                words = load_words(lane_words, at, WORDS)
+            b = ()
+            for i in tl.static_range(LINES):
+                b = b + (multipliers(x[i], scale[i], shift, BLOCKS, ROWS),)
+            at = next_at
+            x = next_x
+            scale = next_scale
+            entry += STEP * ENTRY
+            next_at, next_x, next_scale = load_entries(entry, row, group, WORDS, ROWS)
+            for i in tl.static_range(0, LINES, 2):
+                words0 = (words[i], words[i])
+                words1 = (words[i + 1], words[i + 1])
+                acc, sums = accumulate(
+                    acc, sums, words0, words1, b[i], b[i + 1], False, BLOCKS, ROWS, INTERPRET
+                )
+            if AHEAD:
+                words = load_words(lane_words, at, WORDS)
 
     # Warps have summed up channels of their own. A reduction would go through shared memory too,
     # but element by element.
@@ -369,7 +297,3 @@ def decode_mma_kernel(
         partial, arrivals, row_scale, None if bias is None else pick(member, bias), out, tile,
         tile_of_weight, splits, rows, n, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,
     )  # fmt: skip
-    if DISCARD:
-        used = (num_pairs + STEP // 2 - 1) // (STEP // 2) * STEP + num_singles + PADDING
-        discard(entries, used, thread, ENTRY)
-        discard(warp_sums.to(tl.pointer_type(tl.int64)), NUM_WARPS * ROWS * TILE // 2, thread, 1)

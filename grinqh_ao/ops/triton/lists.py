@@ -190,7 +190,6 @@ def build_lists(
     last,
     rows,
     k,
-    steps_ahead,  # that are prefetched
     LEVELS: tl.constexpr,
     WORDS: tl.constexpr,  # of a line
     ROWS: tl.constexpr,
@@ -199,7 +198,8 @@ def build_lists(
     STEP: tl.constexpr,  # entries of the loops' steps, or None
     PADDING: tl.constexpr,  # entries that multiply with zero behind the last one
     TOP: tl.constexpr,  # x is scaled by a power of two that puts the largest at 2 ** TOP
-    PREFETCH: tl.constexpr,
+    PREFETCHED: tl.constexpr,  # the first entries of either list whose lines are prefetched
+    INTERPRET: tl.constexpr,
 ):
     """Returns the lengths of both lists and the exponent of the power of two.
 
@@ -260,13 +260,13 @@ def build_lists(
     at = place_of(channel * high_lines(LEVELS), WORDS)
     low_at = place_of(k * high_lines(LEVELS) + low_place * low_lines(LEVELS), WORDS)
     single_at = tl.where(pairs > 0, low_at, at)
-    if PREFETCH:  # what the loops read first is on its way while lists are written
+    if PREFETCHED > 0 and not INTERPRET:  # on their way while lists are written
         base = words.to(tl.int64)
-        soon = before_pairs < steps_ahead * (STEP // 2)
+        soon = before_pairs < PREFETCHED // 2
         for line in tl.static_range(2):
             prefetch(base + at + line * 4 * WORDS, soon & (pairs > 0))
             prefetch(base + low_at + line * 4 * WORDS, soon & (pairs > 1))
-        prefetch(base + single_at, (single > 0) & (before_singles < steps_ahead * STEP))
+        prefetch(base + single_at, (single > 0) & (before_singles < PREFETCHED))
 
     largest = tl.max(largest, 0)
     total = tl.sum(ones, 0)
