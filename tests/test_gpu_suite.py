@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu_suite import checks, experts, kernels, timing
+from gpu_suite import checks, experts, kernels, sweep, timing
 from gpu_suite import models as whole_models
 
 
@@ -29,9 +29,9 @@ def on_a_cpu(monkeypatch):
 def test_correctness(monkeypatch):
     monkeypatch.setattr(checks, "SHAPES", [(70, 9), (5, 1)])
     report = checks.correctness()
-    assert report["cases"] == 2 * 4 * 3 * 3 + 24
+    assert report["cases"] == 2 * (1 + 4) * 3 + 6
     monkeypatch.setattr(checks, "TOLERANCE", dict.fromkeys(checks.TOLERANCE, -1.0))
-    with pytest.raises(AssertionError, match="72 of 96 cases are wrong"):
+    with pytest.raises(AssertionError, match="30 of 36 cases are wrong"):
         checks.correctness()
 
 
@@ -52,6 +52,14 @@ def test_kernels(monkeypatch):
     # 128 x 128 weights at 8 bits with a scale for 64: what reading them takes at the copy's speed.
     expected = 128 * 128 * 8.125 / 8 / 1024
     assert report["rows"][1]["share_of_bandwidth"]["8"] == pytest.approx(expected / 2)
+
+
+def test_sweep(monkeypatch):
+    monkeypatch.setattr(sweep, "SHAPES", [(64, 32)])
+    monkeypatch.setattr(sweep, "launches", lambda ws, x, chunk: kernels.linears(ws, x))
+    assert len(sweep.jobs()) == len(sweep.CHUNKS)
+    (row,) = sweep.sweep()
+    assert len(row["us"]) == 3 * len(sweep.CHUNKS)
 
 
 def test_rows_and_fused_projections(monkeypatch):

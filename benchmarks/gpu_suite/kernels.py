@@ -197,6 +197,18 @@ def fused_projections(hidden: int = 4096, scale: int = 1) -> list[dict[str, obje
 
 
 @torch.no_grad()
+def compile_one(job: tuple[int, int, int]) -> None:
+    n, k, number = job
+    weight = GrinqhTensor.from_hp(torch.randn(n, k, device=timing.DEVICE).bfloat16())
+    F.linear(laplace(number, k).bfloat16(), weight)
+
+
+def jobs() -> list[tuple[int, int, int]]:
+    """What :func:`speed` and :func:`rows` need compiled."""
+    return [(*shape, 1) for shape in SHAPES] + [(*ROWS_SHAPE, number) for number in (2, 4, 8)]
+
+
+@torch.no_grad()
 def rows() -> list[dict[str, object]]:
     """Where decoding a few rows together stops to pay: against bf16 and the dense path."""
     torch.manual_seed(0)

@@ -70,7 +70,9 @@ def measure(model_class: Any, config: Any) -> dict[str, Any]:
         torch._dynamo.reset()
         for bits in BITS:
             set_bits(model, bits)
-            rows[f"grinqh {bits}{', fused' if layout == 'fused' else ''}"] = tokens_per_second(model)
+            rows[f"grinqh {bits}{', fused' if layout == 'fused' else ''}"] = tokens_per_second(
+                model
+            )
     del model
     torch.cuda.empty_cache()
 

@@ -27,9 +27,7 @@ def decode_together(x, weights, biases, chunk=None, mean=None):
         for w, bias in zip(weights, biases, strict=True)
     ]
     chunk = chunk or x.shape[-1]
-    found = launch(
-        x, arguments, weights[0].levels, chunk, counters, 90, mean=mean, interpret=True
-    )
+    found = launch(x, arguments, weights[0].levels, chunk, counters, 90, mean=mean, interpret=True)
     assert not counters.any()  # as the next launch needs them
     return found
 
@@ -100,7 +98,7 @@ def test_compact_storage(n, rows):
 
 
 @pytest.mark.parametrize("n", [256, 512])
-def test_deep_steps_of_long_chunks(n):
+def test_long_chunks_have_programs_of_eight_warps(n):
     weight = GrinqhTensor.from_hp(torch.randn(n, 1100), bits=3)
     assert_decoded(laplace(1, 1100).half(), weight, chunk=600)
 

@@ -19,14 +19,14 @@ from grinqh_ao.ops.triton.fragments import (
 from grinqh_ao.ops.triton.lists import (
     build_lists,
     decode_scale,
+    entry_words,
     has_pairs,
     has_singles,
+    load_x,
     merge,
     power_of_two,
     prefetch,
     row_scale_at,
-    entry_words,
-    load_x,
     scales_of,
     words_of,
 )
