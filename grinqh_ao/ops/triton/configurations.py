@@ -20,7 +20,7 @@ class Gpu(NamedTuple):
 
 # By compute capability; of one that is not here, the next lower one's. Programs are what fits, or
 # less where the memory's bandwidth and latency ask for fewer bytes in flight; of other forms and of
-# several rows two fit. 90 was looked at on a GPU (docs/kernel.md), the rest is from the model there.
+# several rows two fit. 90 was looked at on a GPU (docs/kernel.md), the rest is modelled.
 GPUS = {
     80: Gpu(3, 128),  # A100
     86: Gpu(2, 168),  # RTX 30
