@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grinqh_ao.compact import ChannelUse, check_stored_bits
 from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.grading import check_bits, most_bits
-from grinqh_ao.model import some_quantized_linears
+from grinqh_ao.model import is_in_parts, some_quantized_linears
 from grinqh_ao.observing import FIRST_POSITIONS, Batch, Layers, Observer, check_batch, observe
 from grinqh_ao.tails import Histogram, common_curves
 from grinqh_ao.torchao_tensor import GrinqhTensor
@@ -79,7 +79,7 @@ def calibrate(
             more ``bits`` are to be read than stored; the model is unchanged.
     """
     layers = some_quantized_linears(model)
-    if getattr(model, "_mesh_manager", None) is not None:
+    if is_in_parts(model):
         raise ValueError(
             "a model under tensor parallelism has only parts of its weights: calibrate it before"
         )

@@ -66,6 +66,11 @@ def some_quantized_linears(model: nn.Module) -> list[tuple[str, nn.Module, Grinq
     return layers
 
 
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether this process has parts of weights only, by transformers' tensor parallelism."""
+    return getattr(model, "_mesh_manager", None) is not None
+
+
 def set_bits(model: nn.Module, bits: float) -> None:
     """Sets the average number of weight bits read per token, in place.
 

@@ -20,7 +20,7 @@ from grinqh_ao.huggingface.config import QUANT_METHOD, GrinqhHfConfig, groups_of
 from grinqh_ao.huggingface.files import SAVE_ID, check_files
 from grinqh_ao.huggingface.loading import Deserialize, Quantize, find_places
 from grinqh_ao.memory import give_back
-from grinqh_ao.model import quantized_modules, summary
+from grinqh_ao.model import is_in_parts, quantized_modules, summary
 from grinqh_ao.quantization import plan, show_in_repr
 from grinqh_ao.selection import Layer, QuantizeCall
 from grinqh_ao.ties import owners_of_parameters
@@ -97,7 +97,7 @@ class GrinqhHfQuantizer(HfQuantizer):
 
     def cut(self, weight: GrinqhTensor, model: Any, name: str) -> GrinqhTensor:
         """This rank's part of a weight, under tensor parallelism; else all of it."""
-        if getattr(model, "_mesh_manager", None) is None:
+        if not is_in_parts(model):
             return weight
         from grinqh_ao.huggingface.tensor_parallel import cut
 
@@ -144,7 +144,7 @@ class GrinqhHfQuantizer(HfQuantizer):
     # ---- saving
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        if getattr(model, "_mesh_manager", None) is not None:
+        if is_in_parts(model):
             raise ValueError(
                 "a model under tensor parallelism has parts of its weights only: save it before or "
                 "load it without tp_plan"

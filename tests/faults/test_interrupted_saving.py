@@ -1,5 +1,6 @@
 """Whatever happens while a model is saved, the one that was there is there, or the new one is."""
 
+import ctypes
 import errno
 import os
 import random
@@ -178,6 +179,70 @@ def test_disk_full(both, tmp_path, monkeypatch):
         assert os.waitstatus_to_exitcode(os.waitpid(in_a_child(limited), 0)[1]) == 7, limit
         assert bits_in(target) == 2
         assert not leftovers(target)
+
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+MS_REMOUNT, MS_REC, MS_PRIVATE = 1 << 5, 1 << 14, 1 << 18
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def mount_small(directory: Path, size: int) -> None:
+    """A file system of so many bytes, which only this process sees; OSError if that may not be."""
+    flags = CLONE_NEWNS if os.geteuid() == 0 else CLONE_NEWNS | CLONE_NEWUSER
+    for result in (
+        libc.unshare(flags),
+        libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None),
+        libc.mount(b"none", bytes(directory), b"tmpfs", 0, f"size={size}".encode()),
+    ):
+        if result:
+            raise OSError(ctypes.get_errno(), "no file system of its own for a test")
+
+
+NOT_ALLOWED, AS_IT_WAS, SAVED = 3, 7, 8
+
+
+def save_where_there_is_room_for(room: int, both, place: Path) -> int:
+    """Over a model in a file system of its own, with so many bytes left; says what came of it."""
+    old, new = both
+    place.mkdir(exist_ok=True)
+    try:
+        mount_small(place, 1 << 30)
+    except OSError:
+        return NOT_ALLOWED
+    save(old, place / "model")
+    blocks = os.statvfs(place)
+    size = (blocks.f_blocks - blocks.f_bfree) * blocks.f_bsize + room
+    assert not libc.mount(b"none", bytes(place), None, MS_REMOUNT, f"size={size}".encode())
+    failed = None
+    try:
+        save(new, place / "model")
+    except OSError as error:
+        failed = str(error)
+    if failed is None:
+        assert bits_in(place / "model") == 4
+        return SAVED
+    assert os.strerror(errno.ENOSPC) in failed
+    assert bits_in(place / "model") == 2
+    assert not leftovers(place / "model")
+    return AS_IT_WAS
+
+
+def test_full_file_system(both, tmp_path):
+    """As above, with all of a file system's blocks taken, wherever that happens to be."""
+    save(both[0], tmp_path / "model")
+    size = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+    outcomes = []
+    for room in range(0, size + (64 << 10), size // 10):
+        child = in_a_child(
+            lambda room=room: os._exit(save_where_there_is_room_for(room, both, tmp_path / "small"))
+        )
+        outcomes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if NOT_ALLOWED in outcomes:
+        pytest.skip("file systems cannot be mounted here")
+    full = outcomes.count(AS_IT_WAS)
+    assert full >= 5
+    assert outcomes == [AS_IT_WAS] * full + [SAVED] * (len(outcomes) - full)
+    assert outcomes[-1] == SAVED
 
 
 def test_error_while_it_is_put_in_place(both, tmp_path, monkeypatch):
