@@ -86,7 +86,8 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> list[Tensor]:
 @GrinqhTensor.implements(aten.view.default)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     weight, shape = args
-    if tuple(shape) != tuple(weight.shape):
+    # FSDP2 wants a flat one of every parameter, and uses it of dense ones.
+    if tuple(shape) not in (tuple(weight.shape), (-1,)):
         raise TypeError(f"view({list(shape)}) of a GrinqhTensor of shape {tuple(weight.shape)}")
     same: GrinqhTensor = weight.with_data(lambda data: data)
     return same

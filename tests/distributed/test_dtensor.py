@@ -42,6 +42,7 @@ class TwoRanks(DTensorTestBase):
         self.check_distribute_tensor(mesh)
         self.check_what_cannot_be_cut(mesh)
         self.check_fully_shard(mesh)
+        self.check_fully_shard_of_a_model_with_whole_weights(mesh)
 
     def check_layers_cut_by_torchao(self, mesh, dtype):
         torch.manual_seed(5)
@@ -81,7 +82,30 @@ class TwoRanks(DTensorTestBase):
             distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
 
     def check_fully_shard(self, mesh):
-        """FSDP2 of what is dense; it is told to leave quantized weights whole."""
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 256))
+        quantize_(model, GrinqhConfig(bits=3))
+        whole = [layer.weight.slices.numel() for layer in model]
+        inputs = torch.randn(1, 256), torch.randn(20, 256)
+        with torch.no_grad():
+            expected = [model(x) for x in inputs]
+            for layer in model:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            for _ in range(2):  # the second time into the memory of the first
+                for x, y in zip(inputs, expected, strict=True):
+                    torch.testing.assert_close(model(x), y)
+                for layer, size in zip(model, whole, strict=True):
+                    layer.reshard()
+                    mine = layer.weight.to_local()
+                    assert isinstance(mine, GrinqhTensor)
+                    assert mine.slices.numel() * self.world_size == size
+        uneven = nn.Linear(40, 96 * self.world_size)
+        quantize_(uneven, GrinqhConfig())
+        with pytest.raises(ValueError, match=r"outputs .* of .*: expected a cut between groups"):
+            fully_shard(uneven, mesh=mesh)
+
+    def check_fully_shard_of_a_model_with_whole_weights(self, mesh):
         model = tiny_model("llama", tied=False)
         quantize_(model, GrinqhConfig(bits=3))
         ids = torch.arange(5, 25)[None]

@@ -1,0 +1,74 @@
+"""FSDP2: each rank keeps some outputs of a weight, and gathers the others when it needs them.
+
+``fully_shard`` cuts a weight by its outputs, asks each rank's part what to gather, and hands back
+what came of it. Cuts are even, so all parts have the same tiles, and tiles in a row are a weight.
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grinqh_ao import vectors
+from grinqh_ao.parts import part
+from grinqh_ao.torchao_tensor import GrinqhTensor
+
+aten = torch.ops.aten
+
+
+def pre_all_gather(
+    mine: GrinqhTensor, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+) -> tuple[tuple[Tensor, ...], None]:
+    """What every rank has another part of."""
+    return (mine.slices, mine.scales, mine.vectors), None
+
+
+def post_all_gather(
+    mine: GrinqhTensor,
+    gathered: tuple[Tensor, ...],
+    metadata: None,
+    param_dtype: torch.dtype,
+    *,
+    out: GrinqhTensor | None = None,
+) -> tuple[GrinqhTensor, tuple[Tensor, ...]] | None:
+    """The whole weight, and of what it is made the tensors that FSDP2 does not own.
+
+    With ``out``, the weight of before, whose memory holds what was gathered now, but for those.
+    """
+    slices, scales, of_parts = gathered
+    k = mine.shape[1]
+    of_parts = of_parts.view(-1, mine.vectors.shape[0])
+    head = of_parts[0, : vectors.row_scale_at(k)]
+    joined = torch.cat([head, vectors.row_scale_of(of_parts, k).flatten()])
+    if out is not None:
+        out.vectors.copy_(joined)
+        return None
+    whole = GrinqhTensor(
+        slices, scales, joined, mine.levels, mine.min_bits, mine.dtype, mine.curve, mine.low,
+        mine.sharing,
+    )  # fmt: skip
+    return whole, (joined,)
+
+
+GrinqhTensor.fsdp_pre_all_gather = pre_all_gather
+GrinqhTensor.fsdp_post_all_gather = post_all_gather
+
+
+@GrinqhTensor.implements(aten.new_zeros.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> GrinqhTensor:
+    weight, (outputs, inputs) = args
+    if inputs != weight.shape[1]:
+        raise TypeError(f"new_zeros({[outputs, inputs]}) of a GrinqhTensor {tuple(weight.shape)}")
+    return part(weight, 0, 0, outputs).with_data(torch.zeros_like)
+
+
+@GrinqhTensor.implements(aten.as_strided.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> GrinqhTensor:
+    weight, size, stride = args[:3]
+    if (tuple(size), tuple(stride)) != (tuple(weight.shape), weight.stride()):
+        raise TypeError(f"as_strided({list(size)}, {list(stride)}) of a GrinqhTensor")
+    same: GrinqhTensor = weight.with_data(lambda data: data)
+    return same
