@@ -49,6 +49,15 @@ def saved(request, tmp_path_factory):
     return directory
 
 
+def clear_steps(leads: list[float]) -> int:
+    """Before the first whose two best tokens are so close that rounding may swap them: another
+    order of sums can put a channel on the other side of a threshold."""
+    close = [step for step, lead in enumerate(leads) if lead < 0.005]
+    steps = close[0] if close else len(leads)
+    assert steps >= 8
+    return steps
+
+
 def test_two_ranks_say_what_one_says(saved):
     alone = run(saved / "quantized", saved / "alone.json")
     ways = [([], "quantized")]
@@ -58,7 +67,8 @@ def test_two_ranks_say_what_one_says(saved):
         together = run(saved / model, saved / "together.json", *how, ranks=2)
         for what, tokens in alone.items():
             if what.endswith("rows"):
-                assert together[what] == tokens
+                steps = clear_steps(alone[f"{what}: lead"])
+                assert [row[:steps] for row in together[what]] == [row[:steps] for row in tokens]
         for name, (n, k) in alone["shapes"].items():
             if name == "lm_head" and "tied" in saved.name:
                 expected = [n, k]

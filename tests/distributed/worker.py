@@ -42,10 +42,16 @@ else:
         grinqh_ao.set_bits(model, bits)
         for rows in (1, 2):
             prompts = torch.cat([ids + 3 * row for row in range(rows)])
-            report[f"{bits} bits, {rows} rows"] = model.generate(
+            made = model.generate(
                 prompts, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0,
-                attention_mask=torch.ones_like(prompts),
-            ).tolist()  # fmt: skip
+                attention_mask=torch.ones_like(prompts), output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            logits = torch.stack(made.logits)
+            first, second = logits.topk(2).values.unbind(-1)
+            what = f"{bits} bits, {rows} rows"
+            report[what] = made.sequences[:, prompts.shape[1] :].tolist()
+            report[f"{what}: lead"] = ((first - second).amin(1) / logits.std()).tolist()  # of steps
     file = next(Path(model_path).glob("*.safetensors")).resolve()
     report["read"] = touched(file) / file.stat().st_size
     for attempt in ("save", "calibrate"):
