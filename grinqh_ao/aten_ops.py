@@ -20,6 +20,10 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
+def _alias(weight: GrinqhTensor) -> GrinqhTensor:
+    return weight.with_data(lambda data: data)
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, GrinqhTensor):
         raise TypeError("a GrinqhTensor can be the weight of a linear layer, not its input or bias")
@@ -68,8 +72,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     size = weight.shape[dim]
     start, stop, _ = slice(start, stop).indices(size)
     if (start, stop, step) == (0, size, 1):
-        same: GrinqhTensor = weight.with_data(lambda data: data)
-        return same
+        return _alias(weight)
     if step != 1:
         raise TypeError(f"slice(step={step}) of a GrinqhTensor: expected a step of 1")
     return part(weight, dim, start, stop)
@@ -89,8 +92,24 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     # FSDP2 wants a flat one of every parameter, and uses it of dense ones.
     if tuple(shape) not in (tuple(weight.shape), (-1,)):
         raise TypeError(f"view({list(shape)}) of a GrinqhTensor of shape {tuple(weight.shape)}")
-    same: GrinqhTensor = weight.with_data(lambda data: data)
-    return same
+    return _alias(weight)
+
+
+# FSDP2 makes room for a rank's part, and shows what it gathered as a tensor of its own.
+@GrinqhTensor.implements(aten.new_zeros.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
+    weight, (outputs, inputs) = args
+    if inputs != weight.shape[1]:
+        raise TypeError(f"new_zeros({[outputs, inputs]}) of a GrinqhTensor {tuple(weight.shape)}")
+    return part(weight, 0, 0, outputs).with_data(torch.zeros_like)
+
+
+@GrinqhTensor.implements(aten.as_strided.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
+    weight, size, stride = args[:3]
+    if (tuple(size), tuple(stride)) != (tuple(weight.shape), weight.stride()):
+        raise TypeError(f"as_strided({list(size)}, {list(stride)}) of a GrinqhTensor")
+    return _alias(weight)
 
 
 @GrinqhTensor.implements(aten.equal.default)

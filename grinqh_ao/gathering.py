@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from grinqh_ao import vectors
-from grinqh_ao.parts import part
+from grinqh_ao.parts import like
 from grinqh_ao.torchao_tensor import GrinqhTensor
-
-aten = torch.ops.aten
 
 
 def pre_all_gather(
@@ -39,36 +37,14 @@ def post_all_gather(
     With ``out``, the weight of before, whose memory holds what was gathered now, but for those.
     """
     slices, scales, of_parts = gathered
-    k = mine.shape[1]
     of_parts = of_parts.view(-1, mine.vectors.shape[0])
-    head = of_parts[0, : vectors.row_scale_at(k)]
-    joined = torch.cat([head, vectors.row_scale_of(of_parts, k).flatten()])
+    row_scale = vectors.row_scale_of(of_parts, mine.shape[1]).flatten()
+    whole = like(mine, slices, scales, mine.sensitivity, row_scale, mine.low)
     if out is not None:
-        out.vectors.copy_(joined)
+        out.vectors.copy_(whole.vectors)
         return None
-    whole = GrinqhTensor(
-        slices, scales, joined, mine.levels, mine.min_bits, mine.dtype, mine.curve, mine.low,
-        mine.sharing,
-    )  # fmt: skip
-    return whole, (joined,)
+    return whole, (whole.vectors,)
 
 
 GrinqhTensor.fsdp_pre_all_gather = pre_all_gather
 GrinqhTensor.fsdp_post_all_gather = post_all_gather
-
-
-@GrinqhTensor.implements(aten.new_zeros.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> GrinqhTensor:
-    weight, (outputs, inputs) = args
-    if inputs != weight.shape[1]:
-        raise TypeError(f"new_zeros({[outputs, inputs]}) of a GrinqhTensor {tuple(weight.shape)}")
-    return part(weight, 0, 0, outputs).with_data(torch.zeros_like)
-
-
-@GrinqhTensor.implements(aten.as_strided.default)
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> GrinqhTensor:
-    weight, size, stride = args[:3]
-    if (tuple(size), tuple(stride)) != (tuple(weight.shape), weight.stride()):
-        raise TypeError(f"as_strided({list(size)}, {list(stride)}) of a GrinqhTensor")
-    same: GrinqhTensor = weight.with_data(lambda data: data)
-    return same

@@ -53,7 +53,7 @@ def _outputs(weight: GrinqhTensor, start: int, stop: int) -> GrinqhTensor:
         groups = scales.transpose(1, 2).reshape(-1, narrow // SCALE_GROUP, k)
         scales = groups.transpose(1, 2).contiguous()[some]
     row_scale = weight.row_scale[start:stop]
-    return _like(weight, slices, scales, weight.sensitivity, row_scale, weight.low)
+    return like(weight, slices, scales, weight.sensitivity, row_scale, weight.low)
 
 
 def _retiled(slices: Tensor, tile: int) -> Tensor:
@@ -80,10 +80,10 @@ def _inputs(weight: GrinqhTensor, start: int, stop: int) -> GrinqhTensor:
         low = torch.where(kept, kept.cumsum(0) - 1, -1).int()
     slices = torch.cat([upper, lower], dim=1)
     scales = weight.scales[:, start:stop].contiguous()
-    return _like(weight, slices, scales, weight.sensitivity[start:stop], weight.row_scale, low)
+    return like(weight, slices, scales, weight.sensitivity[start:stop], weight.row_scale, low)
 
 
-def _like(
+def like(
     weight: GrinqhTensor,
     slices: Tensor,
     scales: Tensor,
@@ -91,6 +91,7 @@ def _like(
     row_scale: Tensor,
     low: Tensor | None,
 ) -> GrinqhTensor:
+    """A weight of these, with everything else as ``weight`` has it."""
     return GrinqhTensor(
         slices,
         scales,

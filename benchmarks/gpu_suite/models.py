@@ -16,7 +16,6 @@ BITS = (2, 3, 4)
 NEW_TOKENS = 48
 PROMPT = 32
 REPETITIONS = 3
-LAYOUTS = ("separate", "fused")  # of projections
 
 
 def llama() -> dict[str, Any]:
@@ -64,15 +63,13 @@ def measure(model_class: Any, config: Any) -> dict[str, Any]:
     timing.wait()
     result["quantize_seconds"] = time.perf_counter() - begin
     result["weights"] = sum(p.numel() for p in model.parameters())
-    for layout in LAYOUTS:
-        if layout == "fused":
+    for fused in (False, True):
+        if fused:
             fuse_projections(model)
         torch._dynamo.reset()
         for bits in BITS:
             set_bits(model, bits)
-            rows[f"grinqh {bits}{', fused' if layout == 'fused' else ''}"] = tokens_per_second(
-                model
-            )
+            rows[f"grinqh {bits}{', fused' if fused else ''}"] = tokens_per_second(model)
     del model
     torch.cuda.empty_cache()
 
