@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from torchao.quantization import quantize_
+from tqdm.auto import tqdm
 
 import grinqh_ao
 from grinqh_ao.huggingface import atomic
@@ -93,6 +95,7 @@ def in_a_child(function) -> int:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
         torch.set_num_threads(1)  # threads do not survive a fork
+        tqdm.set_lock(threading.RLock())  # the other is shared, and held for good by one killed
         function()
         os._exit(0)
     except BaseException:
