@@ -22,6 +22,23 @@ def test_errors_stay_within_what_is_stated(dtype, stated):
     assert 0 < found["decoded"] < stated
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "stated"),
+    [
+        ((128, 48), torch.float32, 32),
+        ((256, 300), torch.bfloat16, 0.6),
+        ((256, 300), torch.float16, 1.5),
+    ],
+    ids=str,
+)
+def test_kernels_for_gpus_interpreted(shape, dtype, stated):
+    pytest.importorskip("triton")
+    layer = worst_case.Layer(*shape, dtype, 1, worst_case.interpreted)
+    found = worst_case.search(layer, 2.0, random.Random(0), candidates=8)
+    assert found["tried"] >= 8
+    assert 0 < found["decoded"] < stated
+
+
 def test_a_wrong_result_is_seen():
     layer = worst_case.Layer(128, 48, torch.float32, seed=1)
     layer.exact[3, 5] += 0.01

@@ -103,6 +103,23 @@ def test_long_chunks_have_programs_of_eight_warps(n):
     assert_decoded(laplace(1, 1100).half(), weight, chunk=600)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "smallest"),
+    # Triton's interpreter misreads subnormal bfloat16.
+    [(torch.float32, 2.0**-132), (torch.bfloat16, 2.0**-110)],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [128, 256])
+def test_rows_are_as_accurate_as_alone_whatever_their_magnitudes(n, dtype, smallest):
+    weight = GrinqhTensor.from_hp(torch.randn(n, 40), bits=8)
+    x = (laplace(4, 40) * torch.tensor([2.0**120, 1, 2.0**-60, smallest])[:, None]).to(dtype)
+    found = decode(x, weight, chunk=25)
+    expected = plain.decode_rows(x, weight)
+    allowed = TOLERANCE[dtype] * expected.abs().amax(1, keepdim=True)
+    allowed += 16 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert bool(((found.double() - expected).abs() <= allowed).all())
+
+
 def test_equal_inputs_give_equal_bits_whatever_the_memory_held():
     weight = GrinqhTensor.from_hp(torch.randn(256, 60))
     for x in (laplace(1, 60), laplace(1, 60).half()):

@@ -15,12 +15,13 @@ from grinqh_ao.ops.triton.lists import (
     build_lists,
     decode_scale,
     entry_words,
+    exponent_of_row,
     has_pairs,
     has_singles,
     load_x,
     merge,
-    power_of_two,
     row_scale_at,
+    scaled,
     scales_of,
     words_of,
 )
@@ -192,7 +193,7 @@ def decode_fma_kernel(
     multipliers += program * (capacity + 1) * (ROWS * GROUPS)
     to_single = 2 * chunk + PADDING
     single_entries = entries + to_single * ENTRY
-    num_pairs, num_singles, exponent = build_lists(
+    num_pairs, num_singles, exponents = build_lists(
         x, slices, scales, this, None if low is None else pick(member, low), mean, entries,
         to_single, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, None, PADDING,
         TOP, 0, INTERPRET,
@@ -259,7 +260,8 @@ def decode_fma_kernel(
         total = sum_channels(acc, r, ROWS)
         total -= tl.load(correction + r * GROUPS + field * WORDS // 64 + 0 * word)
         at = r * all_tiles * TILE + field * WORDS + word
-        tl.store(sums + at, total * power_of_two(-exponent))
+        exponent = exponent_of_row(exponents, r, ROWS)
+        tl.store(sums + at, scaled(total, -exponent))
     # Not before the loops: there are no registers to keep it in.
     n = pick(member, n)
     row_scale = pick(member, vectors) + row_scale_at(k)

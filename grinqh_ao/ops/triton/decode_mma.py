@@ -20,13 +20,14 @@ from grinqh_ao.ops.triton.lists import (
     build_lists,
     decode_scale,
     entry_words,
+    exponent_of_row,
     has_pairs,
     has_singles,
     load_x,
     merge,
-    power_of_two,
     prefetch,
     row_scale_at,
+    scaled,
     scales_of,
     words_of,
 )
@@ -193,7 +194,7 @@ def decode_mma_kernel(
     first = split * chunk
     last = tl.minimum(first + chunk, k)
     entries += program * capacity * ENTRY
-    num_pairs, num_singles, exponent = build_lists(
+    num_pairs, num_singles, exponents = build_lists(
         x, slices, scales, this, None if low is None else pick(member, low), mean, entries, None,
         first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, STEP, PADDING,
         TOP, PREFETCHED_STEPS * STEP, INTERPRET,
@@ -285,7 +286,8 @@ def decode_mma_kernel(
         total = tl.zeros((1, TILE), tl.float32)
         for w in tl.static_range(NUM_WARPS):
             total += tl.load(warp_sums + (w * ROWS + r) * TILE + output)
-        tl.store(partial_tile + r * all_tiles * TILE + output, total * power_of_two(-exponent))
+        exponent = exponent_of_row(exponents, r, ROWS)
+        tl.store(partial_tile + r * all_tiles * TILE + output, scaled(total, -exponent))
     # Not before the loops: there are no registers to keep it in.
     n = pick(member, n)
     row_scale = pick(member, vectors) + row_scale_at(k)

@@ -93,6 +93,26 @@ def power_of_two(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def scaled(value, exponent):
+    """value * 2 ** exponent, in two steps: the power itself need be no float32 number."""
+    half = exponent >> 1
+    return value * power_of_two(half) * power_of_two(exponent - half)
+
+
+@triton.jit
+def exponent_for(x, TOP: tl.constexpr):
+    """Of the power of two that puts the largest finite element at 2 ** TOP, from below."""
+    magnitude = tl.abs(x)
+    largest = tl.max(tl.where(magnitude <= FLOAT32_MAX, magnitude, 0.0), 0)
+    return TOP + 127 - (largest.to(tl.int32, bitcast=True) >> 23)  # TOP + 127 if subnormal or zero
+
+
+@triton.jit
+def exponent_of_row(exponents, row, ROWS: tl.constexpr):
+    return exponents if ROWS == 1 else tl.sum(tl.where(tl.arange(0, ROWS) == row, exponents, 0), 0)
+
+
 @triton.constexpr_function
 def entry_words(rows):
     """int64 of an entry: where its words are, its scales, and x of every row, one of which fits
@@ -197,11 +217,11 @@ def build_lists(
     MEAN_BLOCK: tl.constexpr,
     STEP: tl.constexpr,  # entries of the loops' steps, or None
     PADDING: tl.constexpr,  # entries that multiply with zero behind the last one
-    TOP: tl.constexpr,  # x is scaled by a power of two that puts the largest at 2 ** TOP
+    TOP: tl.constexpr,  # a row is scaled by a power of two that puts its largest at 2 ** TOP
     PREFETCHED: tl.constexpr,  # the first entries of either list whose lines are prefetched
     INTERPRET: tl.constexpr,
 ):
-    """Returns the lengths of both lists and the exponent of the power of two.
+    """Returns the lengths of both lists and, for ``exponent_of_row``, the powers of two.
 
     With a STEP there is an entry per line, and singles begin at the first step that has no pairs:
     a loop over steps goes through both lists. Of eight entries of pairs, four are upper lines and
@@ -235,11 +255,9 @@ def build_lists(
 
     # Several rows share what is read: a channel's level is the highest that any of them asks for.
     slices = tl.zeros((BLOCK,), tl.int32)
-    largest = tl.zeros((BLOCK,), tl.float32)
     for r in range(ROWS):
         mask = inside & (r < rows)
         magnitude = tl.abs(tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32))
-        largest = tl.maximum(largest, tl.where(magnitude <= FLOAT32_MAX, magnitude, 0.0))
         mean = 0.0
         if (relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
             if known_mean is None:
@@ -268,18 +286,14 @@ def build_lists(
             prefetch(base + low_at + line * 4 * WORDS, soon & (pairs > 1))
         prefetch(base + single_at, (single > 0) & (before_singles < PREFETCHED))
 
-    largest = tl.max(largest, 0)
     total = tl.sum(ones, 0)
     num_pairs = total & 0xFFFF
     num_singles = total >> 16
     if STEP is not None:
         to_singles = (num_pairs + (STEP // 2 - 1)) // (STEP // 2) * STEP
     single_entries = entries + to_singles * ENTRY
-    # Zero has exponent -127 here; within these bounds no product overflows.
-    exponent = TOP - ((largest.to(tl.int32, bitcast=True) >> 23) - 127)
-    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
     gain = tl.where(slices >= 4, gain_8, tl.where(slices == 3, gain_6, gain_4))
-    gain = tl.where(slices == 1, gain_2, gain) * power_of_two(exponent)
+    gain = tl.where(slices == 1, gain_2, gain)
 
     first_pair = entries + slot_of(before_pairs, STEP) * ENTRY
     second_pair = entries + slot_of(before_pairs + 1, STEP) * ENTRY
@@ -289,7 +303,9 @@ def build_lists(
         tl.store(second_pair + 4 * ENTRY, low_at + 4 * WORDS, mask=pairs > 1)
     of_single = tl.where(pairs > 0, 0.5 / 16, 0.5)
     if ROWS == 1:
-        value = tl.load(x + channel, mask=inside, other=0).to(tl.float32) * gain
+        value = tl.load(x + channel, mask=inside, other=0).to(tl.float32)
+        exponents = exponent_for(value, TOP)
+        value = scaled(value, exponents) * gain
         store_entry(first_pair, at, value * 0.125, codes, pairs > 0)
         store_entry(second_pair, low_at, value * (0.125 / 16), codes, pairs > 1)
         store_entry(only_single, single_at, value * of_single, codes, single > 0)
@@ -300,9 +316,13 @@ def build_lists(
         tl.store(first_pair + 1, codes, mask=pairs > 0)
         tl.store(second_pair + 1, codes, mask=pairs > 1)
         tl.store(only_single + 1, codes, mask=single > 0)
+        exponents = tl.zeros((ROWS,), tl.int32)
         for r in range(ROWS):
             mask = inside & (r < rows)
-            value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32) * gain
+            value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32)
+            exponent = exponent_for(value, TOP)
+            exponents = tl.where(tl.arange(0, ROWS) == r, exponent, exponents)
+            value = scaled(value, exponent) * gain
             tl.store(first_pair + 2 + r, bits_of(value * 0.125), mask=pairs > 0)
             tl.store(second_pair + 2 + r, bits_of(value * (0.125 / 16)), mask=pairs > 1)
             tl.store(only_single + 2 + r, bits_of(value * of_single), mask=single > 0)
@@ -323,7 +343,7 @@ def build_lists(
         for i in tl.static_range(ENTRY):
             tl.store(pair + i, zero, mask=mask)
         tl.store(pair + 4 * ENTRY, zero, mask=mask)
-    return num_pairs, num_singles, exponent
+    return num_pairs, num_singles, exponents
 
 
 @triton.jit
