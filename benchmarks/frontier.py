@@ -131,7 +131,7 @@ def thresholds(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dic
 
 def codes(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dict]:
     full = reference(model, ids)
-    ratios = grading._RELATIVE_ERROR
+    ratios = grading.RELATIVE_ERROR
     variants: dict[str, list[tuple[Any, str, Any]]] = {
         "as built": [],
         "errors weigh 3, 8, 20, 100": [(codec, "_ERROR_WEIGHT", {2: 3, 4: 8, 6: 20, 8: 100})],
@@ -139,9 +139,9 @@ def codes(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dict]:
         "gain of level 2: .80": [(codec, "_GAINS", (0.80, 0.985, 1.0, 1.0))],
         "gain of level 2: .90": [(codec, "_GAINS", (0.90, 0.985, 1.0, 1.0))],
         "a scale 1.16 times the largest too": [(codec, "_SCALE_FACTORS", (1.0, 1.08, 1.16))],
-        "thresholds for D(2) = .10": [(grading, "_RELATIVE_ERROR", ratios | {2: 0.10})],
-        "thresholds for D(2) = .20": [(grading, "_RELATIVE_ERROR", ratios | {2: 0.20})],
-        "thresholds for D(4) = .02": [(grading, "_RELATIVE_ERROR", ratios | {4: 0.02})],
+        "thresholds for D(2) = .10": [(grading, "RELATIVE_ERROR", ratios | {2: 0.10})],
+        "thresholds for D(2) = .20": [(grading, "RELATIVE_ERROR", ratios | {2: 0.20})],
+        "thresholds for D(4) = .02": [(grading, "RELATIVE_ERROR", ratios | {4: 0.02})],
     }
     rows = []
     for name, changes in variants.items():

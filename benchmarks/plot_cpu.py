@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from plotting import COLOURS, FAINT, save
 
-# Okabe and Ito's colours, distinct for colour-blind eyes too.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 PEERS = {"int8 (torchao, compiled)": (8, "s"), "int4 (PyTorch)": (4, "^")}
 LEAST_WEIGHTS = 1 << 22
 
@@ -40,13 +39,11 @@ def draw(report: dict[str, Any], out: Path) -> None:
             if peer in us:
                 axes.plot(position, us["bfloat16"] / us[peer], marker, color=colour, mfc="none")
     for peer, (_, marker) in PEERS.items():
-        axes.plot([], [], marker, color="0.4", mfc="none", label=peer)
+        axes.plot([], [], marker, color=FAINT, mfc="none", label=peer)
     axes.set(xlabel="bits read per weight", ylabel="speed-up over bfloat16 (PyTorch)", ylim=0)
     axes.set_title(f"{report['machine'].split(';')[0]}", fontsize=10)
-    axes.grid(color="0.9")
-    axes.legend(frameon=False, fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    axes.legend(fontsize=8)
+    save(figure, out)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from plotting import COLOURS, FAINT, save
 
-# Okabe and Ito's colours, distinct for colour-blind eyes too.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 LAYERS = [(4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336)]
 PEERS = {"torchao int4": "s", "GemLite 4-bit": "^", "GemLite 2-bit": "v"}
 
@@ -49,13 +48,11 @@ def draw(report: dict[str, Any], out: Path) -> None:
                 )  # fmt: skip
     if bits:
         ideal = [16 / (b + 0.1) for b in bits]
-        axes.plot(bits, ideal, "--", color="0.6", label="as the bytes, 16 / (bits + scales)")
+        axes.plot(bits, ideal, "--", color=FAINT, label="as the bytes, 16 / (bits + scales)")
     axes.set(xlabel="bits read per weight", ylabel="speed-up over bf16 (cuBLAS)", ylim=0)
     axes.set_title(report["machine"].split(";")[0].split(", ")[-1], fontsize=10)
-    axes.grid(color="0.9")
-    axes.legend(frameon=False, fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    axes.legend(fontsize=8)
+    save(figure, out)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ ALL_LEVELS = (0, 2, 4, 6, 8)
 
 # Squared error of a weight read at each level over its square, for random normal weights. Only
 # the ratios of thresholds follow from it, and they are forgiving.
-_RELATIVE_ERROR = {0: 1.0, 2: 0.142, 4: 0.0098, 6: 0.00067, 8: 0.000057}
+RELATIVE_ERROR = {0: 1.0, 2: 0.142, 4: 0.0098, 6: 0.00067, 8: 0.000057}
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -42,7 +42,7 @@ def threshold_ratios(levels: tuple[int, ...]) -> list[float]:
     channel from level a to level b pays where x_k^2 > lambda (b - a) / (D(a) - D(b)).
     """
     steps = [
-        math.sqrt((b - a) / (_RELATIVE_ERROR[a] - _RELATIVE_ERROR[b]))
+        math.sqrt((b - a) / (RELATIVE_ERROR[a] - RELATIVE_ERROR[b]))
         for a, b in itertools.pairwise(levels)
     ]
     return [step / steps[0] for step in steps]

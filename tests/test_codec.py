@@ -131,11 +131,11 @@ def test_error_falls_with_the_level(seed):
 
 
 def test_errors_are_those_the_thresholds_assume():
-    from grinqh_ao.grading import _RELATIVE_ERROR
+    from grinqh_ao.grading import RELATIVE_ERROR
 
     weight = torch.randn(512, 512)
     for level in LEVELS:
-        assert relative_error(weight, level) == pytest.approx(_RELATIVE_ERROR[level], rel=0.25)
+        assert relative_error(weight, level) == pytest.approx(RELATIVE_ERROR[level], rel=0.25)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38])

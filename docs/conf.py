@@ -1,0 +1,28 @@
+"""The documentation site: make docs"""
+
+import importlib.metadata
+
+project = "grinqh_ao"
+author = "the grinqh_ao contributors"
+copyright = "2026, the grinqh_ao contributors"
+version = release = importlib.metadata.version("grinqh_ao")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_type_aliases = {"Tensor": "torch.Tensor"}
+napoleon_use_ivar = True
+copybutton_prompt_text = "$ "
+
+html_theme = "furo"
+html_title = f"grinqh_ao {version}"
+html_show_sphinx = False
+exclude_patterns = ["_build"]
+# Sources and results are linked where they are in the repository, above this folder.
+suppress_warnings = ["myst.xref_missing"]

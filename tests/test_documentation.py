@@ -1,0 +1,177 @@
+"""Every code block of the README and the docs runs.
+
+Python is executed, page by page, on a tiny model; so are the commands, but for those that take long
+or are tested elsewhere: of benchmarks and servers it is asked whether they know their options, of
+``make`` whether there is such a target, of ``pip`` whether there is such an extra. The examples run
+in short form, on the demo's model where that is installed.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
+from test_cli import grinqh
+
+import models
+from grinqh_ao.running import SMOLLM2, ModelNotFound, smollm2_file
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WORDS = " ".join(f"w{i}" for i in range(300))
+# A layer of it can be cut in two.
+SIZES = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 384, "num_key_value_heads": 4}
+SHORT = {
+    "generate.py": "--new-tokens 4",
+    "chat.py": "--new-tokens 4",
+    "calibrate_and_evaluate.py": "--tokens 64 --calibration-tokens 64",
+    "pareto.py": "--tokens 64 --bits 2 4",
+}
+SAID = "Hello!\n/bits 2.5\n/bits 9\nWhy?\n/quit\n"
+python = PythonEvaluator()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "dense"
+    config, model_class, more = models.FAMILIES["llama"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.FAMILIES, "llama", (config, model_class, more | SIZES))
+        models.tiny_model("llama", tied=True).save_pretrained(directory)
+    models.tiny_tokenizer(WORDS).save_pretrained(directory)
+    return directory
+
+
+def names(dense: Path) -> dict:
+    """What a reader has before a page begins."""
+    import transformers
+    from torchao.quantization import quantize_
+
+    import grinqh_ao
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    ids = torch.randint(0, 300, (1, 5))
+    return {
+        "grinqh_ao": grinqh_ao,
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "name": dense,
+        "model": model,
+        "quantize_": quantize_,
+        "tokenizer": models.tiny_tokenizer(WORDS),
+        "texts": [WORDS],
+        "input_ids": ids.repeat(1, 5),
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+
+
+def run_python(example) -> None:
+    if named := re.match(r"# (\w+\.py)\n", example.parsed):
+        Path(named[1]).write_text(example.parsed)
+    else:
+        python(example)
+
+
+def run_commands(example) -> None:
+    lines = example.parsed.splitlines()
+    if any(line.startswith("$ ") for line in lines):  # what is typed, and what is printed
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    for line in lines:
+        if words := shlex.split(line, comments=True):
+            run_command(words, example.namespace["name"])
+
+
+def succeeds(words, **options) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [str(word) for word in words],
+        capture_output=True, text=True, check=False, env=environment, timeout=500, **options,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def run_command(words: list[str], dense: Path) -> None:
+    """In the current directory, which is none of the project's."""
+    given = [str(dense) if word in ("MODEL", SMOLLM2) else word for word in words[1:]]
+    match words:
+        case ["make", target, *_]:
+            succeeds(["make", "--dry-run", "--directory", ROOT, target])
+        case ["pip", "install", what]:
+            extra = re.fullmatch(r"\.\[(\w+)\]", what)[1]
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            assert extra in project["optional-dependencies"]
+        case ["grinqh", *_]:
+            assert grinqh(*given) == 0
+        case ["torchrun", *_]:
+            succeeds([sys.executable, "-m", "torch.distributed.run", "--standalone", *given])
+        case ["transformers", "serve", *_]:  # tests/test_serving.py does
+            knows(given[1:], [Path(sys.executable).with_name("transformers"), "serve"])
+        case ["python", script, *_] if script.startswith("benchmarks/"):
+            knows(given[1:], [sys.executable, ROOT / script])
+        case ["python", script, *_] if script.startswith("docs/examples/"):
+            shutil.copytree(ROOT / "docs", "docs", dirs_exist_ok=True)
+            without_picture = given[: given.index("--out")] if "--out" in given else given
+            short = SHORT[Path(script).name].split()
+            output = succeeds([sys.executable, *without_picture, *short], input=SAID)
+            if script.endswith("chat.py"):
+                assert output.count("bits read per weight") == 2
+                assert "/bits: bits=9.0" in output
+        case _:
+            raise AssertionError(f"no test knows how to run {shlex.join(words)}")
+
+
+def knows(given: list[str], program: list) -> None:
+    described = succeeds([*program, "--help"])
+    for word in given:
+        assert not word.startswith("--") or word in described, word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_code_block_runs(page, dense, tmp_path, monkeypatch):
+    fences = set(re.findall(r"^```([^\n]*)$", page.read_text(), re.MULTILINE))
+    code = {language for language in fences if not language.startswith("{")} - {""}
+    assert code <= {"python", "sh", "console", "text", "json"}
+    opened = re.findall(r"^```(.*)\n(?:.*\n)*?```$", page.read_text(), re.MULTILINE)
+    assert all(opened), "a block without a language"
+    if page.stem == "examples":
+        try:
+            smollm2_file()
+        except ModelNotFound:
+            pytest.skip("the demo's model is not installed")
+    parsers = [CodeBlockParser("python", run_python)]
+    parsers += [CodeBlockParser(language, run_commands) for language in ("sh", "console")]
+    document = Sybil(parsers).parse(page)
+    examples = list(document.examples())
+    assert len(examples) == sum(
+        len(re.findall(rf"^```{language}$", page.read_text(), re.MULTILINE))
+        for language in ("python", "sh", "console")
+    )
+    if not examples:
+        return
+    document.namespace.update(names(dense))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # of --help
+    with in_a_group() if page.stem == "distributed" else contextlib.nullcontext():
+        for example in examples:
+            example.evaluate()
+
+
+@contextlib.contextmanager
+def in_a_group():
+    """Of one process, for the page that shards a model."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
