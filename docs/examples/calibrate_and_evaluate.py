@@ -18,6 +18,7 @@ parser.add_argument("--model", default="smollm2", help="directory, .gguf file, h
 parser.add_argument("--bits", type=float, default=3.0)
 parser.add_argument("--stored-bits", type=float, default=4.4)
 parser.add_argument("--tokens", type=int, default=1024, help="to evaluate on")
+parser.add_argument("--calibration-tokens", type=int, default=4096)
 arguments = parser.parse_args()
 
 model, tokenizer = load(arguments.model)
@@ -37,9 +38,10 @@ def evaluate(name: str) -> None:
 
 quantize_(model, grinqh_ao.GrinqhConfig(bits=arguments.bits))
 evaluate("by the formula")
-grinqh_ao.calibrate(model, for_calibration, tokenizer=tokenizer)
+batches = grinqh_ao.token_batches(for_calibration, tokenizer, arguments.calibration_tokens)
+grinqh_ao.calibrate(model, batches)
 evaluate("calibrated")
-grinqh_ao.calibrate(model, for_calibration, tokenizer=tokenizer, stored_bits=arguments.stored_bits)
+grinqh_ao.calibrate(model, batches, stored_bits=arguments.stored_bits)
 evaluate(f"calibrated, {arguments.stored_bits:g} bits stored")
 headers = ["thresholds", "bits read, with the head", "stored MB", "mean KL", "perplexity"]
 print(tabulate(rows, headers, "github", floatfmt=("", ".2f", ".1f", ".4f", ".2f")))
