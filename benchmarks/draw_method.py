@@ -131,7 +131,7 @@ def draw_thresholds(out: Path) -> None:
     errors = torch.stack([magnitude.square() * RELATIVE_ERROR[level] for level in ALL_LEVELS])
     chosen = torch.bucketize(magnitude, torch.tensor(ratios) / ratios[0])
     axis.loglog(magnitude, errors[0], color=FAINT, linestyle=":", linewidth=1.2)
-    axis.annotate("if not read,\nall of it is error", (2.7, 60), fontsize=9)
+    axis.annotate("if not read,\nall of it is error", (11, 12), fontsize=9)
     for i, level in enumerate(ALL_LEVELS):
         here = chosen == i
         axis.loglog(

@@ -90,7 +90,9 @@ def draw(axis, every_row: list[dict], quantity: str) -> None:
             )  # fmt: skip
     noise = next(row["kl"] for row in every_row if row["what"].startswith("bfloat16"))
     axis.axhline(noise, color=FAINT, linewidth=0.8, linestyle=":")
-    axis.text(0.01, noise, "bfloat16", transform=axis.get_yaxis_transform(), fontsize=8, va="bottom")
+    axis.text(
+        0.01, noise, "bfloat16", transform=axis.get_yaxis_transform(), fontsize=8, va="bottom"
+    )
     axis.set_yscale("log")
 
 

@@ -24,5 +24,3 @@ html_theme = "furo"
 html_title = f"grinqh_ao {version}"
 html_show_sphinx = False
 exclude_patterns = ["_build"]
-# Sources and results are linked where they are in the repository, above this folder.
-suppress_warnings = ["myst.xref_missing"]

@@ -59,13 +59,13 @@ def calibrate(
         bits: as in :func:`grinqh_ao.set_bits`; None keeps what each layer aims at now.
         tokenizer: of transformers; needed for texts.
         tokens: how many tokens of the texts to use at most, in sequences of 512.
-        relative: how much a token's thresholds follow its own mean |x|, from 0 (not at all) to 1.
-            The more, the less bits drift on text of another kind; the less, the more bits go to
-            the tokens that are large.
+        relative: how much a token's thresholds follow its own mean ``|x|``, from 0 (not at all)
+            to 1. The more, the less bits drift on text of another kind; the less, the more bits go
+            to the tokens that are large.
         importance: find out what errors in each layer cost, by a backward pass for each batch, and
             share out bits accordingly. The model has to return logits. Takes memory for the
             activations of one batch, and brings all offloaded weights to their device at once;
-            without it, the thresholds of all layers are the same in units of their average |x|.
+            without it, the thresholds of all layers are the same in units of their average ``|x|``.
         stored_bits: compact storage, above 4 and below 8: levels above 4 are dropped of all
             channels but those that need them most, so that this many bits are stored per weight,
             scales aside. Cannot be undone. A second pass. Not for output heads, experts, nor for

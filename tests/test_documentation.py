@@ -1,12 +1,13 @@
 """Every code block of the README and the docs runs.
 
-Python is executed, page by page, on a tiny model; so are the commands, but for those that take long
-or are tested elsewhere: of benchmarks and servers it is asked whether they know their options, of
-``make`` whether there is such a target, of ``pip`` whether there is such an extra. The examples run
-in short form, on the demo's model where that is installed.
+Python is executed, page by page, on a tiny model, JSON parsed; commands run too, but for those that
+take long or are tested elsewhere: of benchmarks and servers it is asked whether they know their
+options, of ``make`` whether there is such a target, of ``pip`` whether there is such an extra. The
+examples run in short form, on the demo's model where that is installed.
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -80,6 +81,10 @@ def run_python(example) -> None:
         python(example)
 
 
+def parse_json(example) -> None:
+    json.loads(example.parsed)
+
+
 def run_commands(example) -> None:
     lines = example.parsed.splitlines()
     if any(line.startswith("$ ") for line in lines):  # what is typed, and what is printed
@@ -148,13 +153,13 @@ def test_every_code_block_runs(page, tmp_path, monkeypatch):
             smollm2_file()
         except ModelNotFound:
             pytest.skip("the demo's model is not installed")
-    parsers = [CodeBlockParser("python", run_python)]
+    parsers = [CodeBlockParser("python", run_python), CodeBlockParser("json", parse_json)]
     parsers += [CodeBlockParser(language, run_commands) for language in ("sh", "console")]
     document = Sybil(parsers).parse(page)
     examples = list(document.examples())
     assert len(examples) == sum(
         len(re.findall(rf"^```{language}$", page.read_text(), re.MULTILINE))
-        for language in ("python", "sh", "console")
+        for language in ("python", "json", "sh", "console")
     )
     if not examples:
         return
