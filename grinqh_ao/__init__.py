@@ -10,6 +10,7 @@ from grinqh_ao import aten_ops, gathering  # noqa: F401
 from grinqh_ao.calibration import calibrate, token_batches
 from grinqh_ao.config import GrinqhConfig, all_but_head
 from grinqh_ao.decode_rule import decode_every_row
+from grinqh_ao.errors import CheckpointError
 from grinqh_ao.evaluation import evaluate, reference
 from grinqh_ao.fusion import fuse_projections, unfuse_projections
 from grinqh_ao.metering import measure
@@ -27,6 +28,7 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "GrinqhConfig",
     "GrinqhHfConfig",
     "GrinqhTensor",

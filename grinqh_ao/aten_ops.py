@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from grinqh_ao.linear import embedding, linear
 from grinqh_ao.parts import part
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -27,7 +28,7 @@ def _alias(weight: GrinqhTensor) -> GrinqhTensor:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, GrinqhTensor):
         raise TypeError("a GrinqhTensor can be the weight of a linear layer, not its input or bias")
-    return weight.linear(input, bias)
+    return linear(input, weight, bias)
 
 
 @GrinqhTensor.implements(aten.linear.default)
@@ -39,8 +40,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
 @GrinqhTensor.implements(aten.embedding.default)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     weight, indices = args[:2]  # the rest only matters for gradients
-    rows: Tensor = weight.embedding(indices)
-    return rows
+    return embedding(weight, indices)
 
 
 @GrinqhTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.errors import CheckpointError
 from grinqh_ao.grading import check_levels
 from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, HIGH_SLICES, TILE_WIDTHS
 from grinqh_ao.tails import check_curve
@@ -66,14 +67,14 @@ class Attributes:
 
     @classmethod
     def checked(cls, levels: object, min_bits: object, where: str) -> Attributes:
-        """Raises ValueError for what no weight has."""
+        """Raises CheckpointError for what no weight has."""
         try:
             found = check_levels(levels)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise CheckpointError(f"{where}: {error}") from None
         number = isinstance(min_bits, int | float) and not isinstance(min_bits, bool)
         if not number or not 0 <= min_bits <= found[-1]:  # type: ignore[operator]
-            raise ValueError(
+            raise CheckpointError(
                 f"{where}: min_bits={min_bits!r}: expected a number from 0 to {found[-1]}"
             )
         return cls(found, float(min_bits))  # type: ignore[arg-type]
@@ -98,7 +99,7 @@ def from_tensors(
     """The weight that :func:`to_tensors` took apart.
 
     Raises:
-        ValueError: see :func:`check`.
+        CheckpointError: see :func:`check`.
     """
     check(tensors, shape, attributes, where)
     data: dict[str, Any] = {name: tensors.get(suffix) for name, suffix in SUFFIXES.items()}
@@ -123,23 +124,25 @@ def check(
         where: the file and the layer, for messages.
 
     Raises:
-        ValueError: a tensor is missing or unknown, or has the wrong dtype, shape or values.
+        CheckpointError: a tensor is missing or unknown, or has the wrong dtype, shape or values.
     """
     names = {suffix: name for name, suffix in SUFFIXES.items()}
     for suffix in tensors:
         if suffix not in names:
-            raise ValueError(f"{where}: tensor {suffix!r}: unknown, expected {list(names)}")
+            raise CheckpointError(f"{where}: tensor {suffix!r}: unknown, expected {list(names)}")
     found = {names[suffix]: tensor for suffix, tensor in tensors.items()}
     for name in _REQUIRED:
         if name not in found:
-            raise ValueError(f"{where}: {name}: missing")
+            raise CheckpointError(f"{where}: {name}: missing")
     for name, tensor in found.items():
         if tensor.dtype != _DTYPES[name]:
-            raise ValueError(f"{where}: {name}: has dtype {tensor.dtype}, expected {_DTYPES[name]}")
+            raise CheckpointError(
+                f"{where}: {name}: has dtype {tensor.dtype}, expected {_DTYPES[name]}"
+            )
     _check_shapes({name: tuple(t.shape) for name, t in found.items()}, shape, attributes, where)
     for name in set(_RULES) & set(found):
         if problem := _RULES[name](found[name][...]):
-            raise ValueError(f"{where}: {name}: {problem}")
+            raise CheckpointError(f"{where}: {name}: {problem}")
     if "low" in found:
         kept = (found["slices"].shape[-2] - HIGH_SLICES * shape[-1]) // HIGH_SLICES
         _check_low(found["low"][...], kept, where)
@@ -149,7 +152,7 @@ def check(
             try:
                 check_curve(curve, compact="low" in found)
             except ValueError as error:
-                raise ValueError(f"{where}: curve: {error}") from None
+                raise CheckpointError(f"{where}: curve: {error}") from None
 
 
 def _check_shapes(
@@ -162,7 +165,7 @@ def _check_shapes(
     slices = found["slices"]
     if len(slices) != len(shape) + 1 or slices[-1] * FIELDS_PER_WORD not in TILE_WIDTHS:
         known = [tile // FIELDS_PER_WORD for tile in TILE_WIDTHS]
-        raise ValueError(
+        raise CheckpointError(
             f"{where}: slices: has shape {slices}, expected {len(shape) + 1} dimensions, the last "
             f"one of {known}"
         )
@@ -175,7 +178,7 @@ def _check_shapes(
         least = HIGH_SLICES * k
         levels = attributes.levels
         if experts or HIGH_LEVEL not in levels or levels[-1] != 8 or attributes.min_bits:
-            raise ValueError(
+            raise CheckpointError(
                 f"{where}: low: only weights with levels 4 and 8 that are neither experts nor an "
                 "output head are stored compactly"
             )
@@ -192,11 +195,11 @@ def _check_shapes(
     for name, one in expected.items():
         if name in found and found[name] != (*experts, *one):
             hint = f", for levels {attributes.levels}" if name in ("slices", "thresholds") else ""
-            raise ValueError(
+            raise CheckpointError(
                 f"{where}: {name}: has shape {found[name]}, expected {(*experts, *one)}{hint}"
             )
     if "curve" in found and found["curve"][:-1] != tuple(experts):
-        raise ValueError(
+        raise CheckpointError(
             f"{where}: curve: has shape {found['curve']}, expected {(*experts, '...')}"
         )
 
@@ -232,7 +235,7 @@ def _check_low(low: Tensor, kept: int, where: str) -> None:
     if (low < -1).any() or not torch.equal(
         places, torch.arange(kept, dtype=low.dtype, device=low.device)
     ):
-        raise ValueError(
+        raise CheckpointError(
             f"{where}: low: expected -1, or each place from 0 to {kept - 1} once, for as many "
             "channels as slices has low lines"
         )

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_tokens
+from grinqh_ao.linear import autocast
 from grinqh_ao.tails import formula_curve
-from grinqh_ao.torchao_tensor import GrinqhTensor, autocast
+from grinqh_ao.torchao_tensor import GrinqhTensor
 
 IMPLEMENTATION = "grinqh"
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")

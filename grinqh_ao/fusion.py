@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_together
+from grinqh_ao.linear import first_decoded_row
 from grinqh_ao.model import some_quantized_linears
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -123,7 +124,7 @@ class _Group:
             and not torch.is_autocast_enabled(x.device.type)
             and decoded_together()
             and _compatible([member.weight for member in self.members])
-            and all(GrinqhTensor.first_decoded_row(x, m.bias) == 0 for m in self.members)
+            and all(first_decoded_row(x, m.bias) == 0 for m in self.members)
         )
 
     def result(self, index: int, x: Tensor) -> Tensor:

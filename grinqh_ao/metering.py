@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grinqh_ao import linear
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.decode_rule import decoded_together, decoded_tokens, first_decoded_row
 from grinqh_ao.experts import ExpertLinears
@@ -260,7 +261,7 @@ def _count(
     kwargs: dict[str, Tensor],
 ) -> None:
     x = args[0] if args else kwargs["input"]
-    start = weight.first_decoded_row(x, module.bias)
+    start = linear.first_decoded_row(x, module.bias)
     if start is None:
         if first_decoded_row(x) is not None:
             counter.tokens_with_gradient += 1

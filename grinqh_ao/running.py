@@ -16,14 +16,11 @@ from torch import Tensor
 from torchao.quantization import quantize_
 
 import grinqh_ao
+from grinqh_ao.errors import ModelNotFound
 from grinqh_ao.huggingface import GrinqhHfConfig
 
 SMOLLM2 = "smollm2"
 SEQUENCE = 512
-
-
-class ModelNotFound(ValueError):
-    """There is no such model."""
 
 
 def load(

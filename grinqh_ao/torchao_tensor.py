@@ -1,4 +1,4 @@
-"""GrinqhTensor: a linear layer's weight as nested codes, and how ``F.linear`` reads it.
+"""GrinqhTensor: a linear layer's weight as nested codes.
 
 The module's name matters: accelerate moves tensors from modules named "torchao" as they are, and
 tries to construct anything else anew, which a tensor with inner tensors cannot serve.
@@ -18,14 +18,10 @@ from grinqh_ao import ops
 from grinqh_ao.codec import (
     SCALE_GROUP,
     check_values,
-    decode_scales,
     default_gains,
-    level_values,
-    lookup,
     quantize,
     sensitivity,
 )
-from grinqh_ao.decode_rule import decoded_together, first_decoded_row
 from grinqh_ao.grading import (
     ALL_LEVELS,
     bits_of,
@@ -40,9 +36,7 @@ from grinqh_ao.slices import (
     HIGH_LEVEL,
     drop_low,
     pack,
-    split,
     tile_width,
-    unpack_rows,
 )
 from grinqh_ao.tails import check_curve
 from grinqh_ao.vectors import (
@@ -323,90 +317,12 @@ class GrinqhTensor(TorchAOBaseTensor):
             output_dtype or self.dtype,
         )
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``F.linear(x, self, bias)``: x [..., K] -> [..., N] in the dtype of ``x``."""
-        tiles = self.scales.shape  # what is asked of a plain tensor is answered faster
-        if len(tiles) != 3:
-            raise ValueError(f"weight of shape {tuple(self.shape)}: expected [out, in], one expert")
-        if x.shape[-1] != tiles[1]:
-            raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {tiles[1]}]")
-        if not x.is_floating_point():
-            raise TypeError(f"input of dtype {x.dtype}: expected floating point")
-        x = autocast(x)
-        bias = None if bias is None else bias.to(x.dtype)
-        start = self.first_decoded_row(x, bias)
-        if start is None:
-            return self._dense_linear(x, bias)
-        if decoded_together() or x.numel() == x.shape[-1]:
-            return ops.decode_linear(
-                x,
-                self.slices,
-                self.scales,
-                self.vectors,
-                bias,
-                self.low,
-                self.levels,
-                self._shared_mean(x),
-            )
-        decoded = self._decode_rows(x[..., start:, :], bias)
-        if start == 0:
-            return decoded
-        return torch.cat(
-            [F.linear(x[..., :start, :], self.dequantize(x.dtype), bias), decoded], dim=-2
-        )
-
-    def _dense_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        wants_grad = _wants_grad(x) or _wants_grad(bias)
-        if x.device.type == "cpu" and not wants_grad:  # in blocks; on GPUs compilers fuse more
-            return ops.dense_linear(
-                x,
-                self.slices,
-                self.scales,
-                self.vectors,
-                bias,
-                self.low,
-                self.levels[-1],
-            )
-        dense = self.dequantize(x.dtype)
-        if not wants_grad or torch.compiler.is_compiling():
-            return F.linear(x, dense, bias)
-        # A backward pass dequantizes again, so that between the passes there is no dense weight.
-        place = dense.data_ptr()
-
-        def pack(saved: Tensor) -> Any:
-            return (saved.shape, saved.stride()) if saved.data_ptr() == place else saved
-
-        def unpack(packed: Any) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            return self.dequantize(x.dtype).as_strided(*packed)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return F.linear(x, dense, bias)
-
-    @staticmethod
-    def first_decoded_row(x: Tensor, bias: Tensor | None = None) -> int | None:
-        """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
-        # The decode ops have no gradient; the dense path does, for x and bias.
-        return None if _wants_grad(x) or _wants_grad(bias) else first_decoded_row(x)
-
-    def _decode_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The decode rule on every row by itself: a dense product per level, in float32 or more."""
-        bits = self.grade(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        y = x.new_zeros(*x.shape[:-1], self.shape[0], dtype=dtype)
-        for level in self.levels:
-            if level:
-                weight = self.dequantize(dtype, level)
-                y += torch.where(bits == level, x, 0).to(dtype) @ weight.t()
-        return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
-
     def grade(self, x: Tensor) -> Tensor:
         """uint8 [..., K]: the level that each channel of ``x`` [..., K] is read at."""
-        mean = self._shared_mean(x)
+        mean = self.shared_mean(x)
         return grade(x, self.sensitivity, self.thresholds, self.levels, self.low, mean)
 
-    def _shared_mean(self, x: Tensor) -> Tensor | None:
+    def shared_mean(self, x: Tensor) -> Tensor | None:
         """Of a part with some inputs: float32 [...], the mean magnitudes over all of ``x``."""
         if self.sharing is None:
             return None
@@ -417,18 +333,6 @@ class GrinqhTensor(TorchAOBaseTensor):
         total = collectives.all_reduce(here, "sum", group)  # type: ignore[arg-type]
         mean: Tensor = collectives.wait_tensor(total) / k
         return mean
-
-    def embedding(self, indices: Tensor) -> Tensor:
-        """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""
-        if self.low is not None:
-            return F.embedding(indices, self.dequantize())
-        rows = indices.flatten()
-        row_scale = self.row_scale.index_select(0, rows)  # says if an index is out of range
-        codes = unpack_rows(split(self.slices, self.shape[1]), rows)
-        groups = self.scales[rows // self.tile, :, rows % self.tile // SCALE_GROUP]
-        values = lookup(level_values(self.gains, self.levels[-1]), codes)
-        weight = values * decode_scales(groups) * row_scale[:, None]
-        return weight.to(self.dtype).view(*indices.shape, -1)
 
     @property
     def data_names(self) -> list[str]:
@@ -470,18 +374,6 @@ class GrinqhTensor(TorchAOBaseTensor):
             f"GrinqhTensor(shape={tuple(self.shape)}, {self._quantization_type()}, "
             f"dtype={self.dtype}, device={self.device})"
         )
-
-
-def autocast(x: Tensor) -> Tensor:
-    """``x`` as ``torch.autocast`` would have it, where that is on."""
-    device = x.device.type
-    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
-def _wants_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 torch.serialization.add_safe_globals([GrinqhTensor])

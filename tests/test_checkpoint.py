@@ -15,7 +15,7 @@ from torch import Tensor
 from torchao.quantization import quantize_
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from grinqh_ao import GrinqhConfig, GrinqhTensor, calibrate
+from grinqh_ao import CheckpointError, GrinqhConfig, GrinqhTensor, calibrate
 from grinqh_ao.checkpoint import SUFFIXES, Attributes, from_tensors, to_tensors
 from models import tiny_model
 
@@ -57,7 +57,7 @@ def edit_config(checkpoint, change):
 
 def refused(checkpoint, *words):
     """The message of the one error, which has all words in it."""
-    with pytest.raises(ValueError) as error:  # noqa: PT011
+    with pytest.raises(CheckpointError) as error:
         AutoModelForCausalLM.from_pretrained(checkpoint)
     for word in words:
         assert word in str(error.value)
@@ -216,13 +216,18 @@ class TestCompact:
         (lambda c: c["weights"][0].update(names="model.norm.weight"), ["names="]),
         (lambda c: c["weights"][0].pop("min_bits"), ["expected levels, min_bits and names"]),
         (lambda c: c["weights"][0]["names"].append(LAYER), [LAYER, "twice"]),
-        (lambda c: c.update(group_size=64), ["group_size"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_config(checkpoint, change, words):
     edit_config(checkpoint, change)
     refused(checkpoint, *words)
+
+
+def test_unknown_setting(checkpoint):
+    edit_config(checkpoint, lambda config: config.update(group_size=64))
+    with pytest.raises(ValueError, match="'group_size' is none of GRINQH's settings"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 500, 0.3, 0.999])
@@ -249,7 +254,7 @@ def test_what_is_missing_is_missed_by_the_model_without_a_head(checkpoint, name)
             del tensors[key]
 
     edit(checkpoint, change)
-    with pytest.raises(ValueError, match=f"{name.removeprefix('model.')}: missing"):
+    with pytest.raises(CheckpointError, match=f"{name.removeprefix('model.')}: missing"):
         AutoModel.from_pretrained(checkpoint)
 
 
@@ -257,7 +262,7 @@ def test_a_state_dict_without_a_layer(checkpoint):
     tensors = load_file(checkpoint / "model.safetensors")
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(LAYER)}
     config = AutoConfig.from_pretrained(checkpoint)
-    with pytest.raises(ValueError, match=f"{LAYER}: missing"):
+    with pytest.raises(CheckpointError, match=f"{LAYER}: missing"):
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict=rest)
 
 
@@ -349,6 +354,6 @@ def test_no_other_shape_passes(data):
     if changed[suffix].shape == tensors[suffix].shape:
         return
     name = suffix.removeprefix("_") or "slices"
-    with pytest.raises(ValueError, match=re.escape("here: ")) as error:
+    with pytest.raises(CheckpointError, match=re.escape("here: ")) as error:
         from_tensors(changed, (130, 24), Attributes.of(weight), torch.float32, "here")
     assert name in str(error.value) or suffix == ""

@@ -25,7 +25,8 @@ from sybil.parsers.markdown import CodeBlockParser
 from test_cli import grinqh
 
 import models
-from grinqh_ao.running import SMOLLM2, ModelNotFound, smollm2_file
+from grinqh_ao.errors import ModelNotFound
+from grinqh_ao.running import SMOLLM2, smollm2_file
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grinqh_ao.checkpoint import FORMAT_VERSION, Attributes
 from grinqh_ao.config import GrinqhConfig
+from grinqh_ao.errors import CheckpointError
 from grinqh_ao.grading import ALL_LEVELS, check_levels
 
 QUANT_METHOD = "grinqh"
@@ -39,8 +40,8 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         save_id: of a saved model: what its files have in their metadata. Not to be given.
 
     Raises:
-        ValueError: an argument is out of range, or the saved model has a format that this version
-            does not know.
+        ValueError: an argument is out of range, or none of these.
+        CheckpointError: the saved model has a format that this version does not know.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if format_version not in (None, FORMAT_VERSION):
-            raise ValueError(
+            raise CheckpointError(
                 f"quantization_config: format_version={format_version!r}: this grinqh_ao reads "
                 f"version {FORMAT_VERSION}; another version of grinqh_ao may read it"
             )
@@ -74,11 +75,11 @@ class GrinqhHfConfig(QuantizationConfigMixin):
             if not isinstance(weights, Sequence) or not all(
                 isinstance(group, Mapping) for group in weights
             ):
-                raise ValueError(f"quantization_config: weights={weights!r}: expected groups")
+                raise CheckpointError(f"quantization_config: weights={weights!r}: expected groups")
             self.format_version = FORMAT_VERSION
             self.weights = [dict(group) for group in weights]
         elif format_version is not None:
-            raise ValueError("quantization_config: weights: missing")
+            raise CheckpointError("quantization_config: weights: missing")
 
     def to_quantize(self) -> GrinqhConfig:
         """The same for ``quantize_``."""
@@ -93,23 +94,25 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         """By name, of all quantized weights of a saved model.
 
         Raises:
-            ValueError: there are none, or something is wrong with them.
+            CheckpointError: there are none, or something is wrong with them.
         """
         where = "config.json: quantization_config.weights"
         found: dict[str, Attributes] = {}
         for group in getattr(self, "weights", None) or ():
             if set(group) != {"levels", "min_bits", "names"}:
-                raise ValueError(f"{where}: {list(group)}: expected levels, min_bits and names")
+                raise CheckpointError(
+                    f"{where}: {list(group)}: expected levels, min_bits and names"
+                )
             names = group["names"]
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"{where}: names={names!r}: expected a list of names")
+                raise CheckpointError(f"{where}: names={names!r}: expected a list of names")
             one = Attributes.checked(group["levels"], group["min_bits"], where)
             for name in names:
                 if name in found:
-                    raise ValueError(f"{where}: {name}: stands there twice")
+                    raise CheckpointError(f"{where}: {name}: stands there twice")
                 found[name] = one
         if not found:
-            raise ValueError(f"{where}: names no weight")
+            raise CheckpointError(f"{where}: names no weight")
         return found
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grinqh_ao.checkpoint import SUFFIXES, Attributes, check
+from grinqh_ao.errors import CheckpointError
 
 SAVE_ID = "grinqh_save_id"
 _DTYPES = {
@@ -46,7 +47,7 @@ class _InFile:
     def dtype(self) -> torch.dtype:
         name = self._slice.get_dtype()
         if name not in _DTYPES:
-            raise ValueError(f"{self.file}: has dtype {name}, expected one of {list(_DTYPES)}")
+            raise CheckpointError(f"{self.file}: has dtype {name}, expected one of {list(_DTYPES)}")
         return _DTYPES[name]
 
     @property
@@ -67,7 +68,7 @@ def open_tensors(files: Sequence[str], save_id: object = None) -> Iterator[dict[
             where saving one over the other was interrupted.
 
     Raises:
-        ValueError: a file is damaged, or was saved at another time.
+        CheckpointError: a file is damaged, or was saved at another time.
     """
     with contextlib.ExitStack() as stack:
         tensors: dict[str, _InFile] = {}
@@ -75,10 +76,10 @@ def open_tensors(files: Sequence[str], save_id: object = None) -> Iterator[dict[
             try:
                 opened = stack.enter_context(safe_open(path, "pt"))
             except SafetensorError as error:
-                raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+                raise CheckpointError(f"{path}: not a complete safetensors file: {error}") from None
             found = (opened.metadata() or {}).get(SAVE_ID)
             if found != save_id:
-                raise ValueError(
+                raise CheckpointError(
                     f"{path}: was saved at another time than config.json, as where saving was "
                     f"interrupted: expected {SAVE_ID}={save_id!r}, found {found!r}"
                 )
@@ -105,7 +106,7 @@ def check_files(
         save_id: see :func:`open_tensors`.
 
     Raises:
-        ValueError: names the file, the layer and what is wrong with it.
+        CheckpointError: names the file, the layer and what is wrong with it.
     """
     with torch.device("cpu"), open_tensors(files, save_id) as tensors:  # not on "meta"
         whole = Path(files[0]).parent
@@ -116,7 +117,7 @@ def check_files(
                 if key == name or key.startswith(f"{name}_")
             }
             if not parts:
-                raise ValueError(f"{whole}: {name}: missing")
+                raise CheckpointError(f"{whole}: {name}: missing")
             file = next(iter(parts.values())).file
             if name in shapes:
                 check(parts, shapes[name], one, f"{file}: {name}")
@@ -130,7 +131,7 @@ def _check_strangers(tensors: Mapping[str, _InFile], attributes: Mapping[str, At
     for name, tensor in tensors.items():
         match = re.fullmatch(rf"(.*\.weight)({inner})", name)
         if match and match[1] not in attributes:
-            raise ValueError(
+            raise CheckpointError(
                 f"{tensor.file}: {name}: config.json does not name {match[1]} as quantized"
             )
 
@@ -154,4 +155,4 @@ def _check_complete(
         if name in tied or any(re.search(pattern, name) for pattern in ignored):
             continue
         if not {name, prefix + name, name.removeprefix(prefix)} & {*tensors, *attributes}:
-            raise ValueError(f"{where}: {name}: missing")
+            raise CheckpointError(f"{where}: {name}: missing")

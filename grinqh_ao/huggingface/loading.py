@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps
 
 from grinqh_ao.checkpoint import SUFFIXES, from_tensors
+from grinqh_ao.errors import CheckpointError
 from grinqh_ao.experts import expert_parameters, put_experts
 from grinqh_ao.memory import give_back
 from grinqh_ao.quantization import nested_weight
@@ -125,7 +126,7 @@ def find_places(model: Any, names: Iterable[str]) -> dict[str, str]:
     among them are given their place in the model, which has no data yet.
 
     Raises:
-        ValueError: a model of the class that was saved has no such weight.
+        CheckpointError: a model of the class that was saved has no such weight.
     """
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     experts = {
@@ -141,7 +142,7 @@ def find_places(model: Any, names: Iterable[str]) -> dict[str, str]:
         if own is not None:
             places[name] = own
         elif type(model).__name__ in (model.config.architectures or ()):
-            raise ValueError(
+            raise CheckpointError(
                 f"config.json: quantization_config.weights: {name}: {type(model).__name__} has no "
                 "such weight"
             )

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantizer
 
 from grinqh_ao.checkpoint import Attributes, to_tensors
 from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.errors import CheckpointError
 from grinqh_ao.huggingface.config import QUANT_METHOD, GrinqhHfConfig, groups_of
 from grinqh_ao.huggingface.files import SAVE_ID, check_files
 from grinqh_ao.huggingface.loading import Deserialize, Quantize, find_places
@@ -124,7 +125,9 @@ class GrinqhHfQuantizer(HfQuantizer):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self.stored:
             if type(parameters[name]) is nn.Parameter:
-                raise ValueError(f"{name}: missing")  # in a state_dict; files are checked before
+                raise CheckpointError(
+                    f"{name}: missing"
+                )  # in a state_dict; files are checked before
         for _, module, _ in quantized_modules(model):
             show_in_repr(module)
             module.weight.requires_grad_(False)  # transformers made a parameter of it anew

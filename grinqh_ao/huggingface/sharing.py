@@ -158,7 +158,8 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
         options: of ``from_pretrained``: ``dtype``, ``device_map``, for example.
 
     Raises:
-        ValueError: it is not a model quantized by GRINQH, or its files are not what they should be.
+        ValueError: it is not a model quantized by GRINQH.
+        CheckpointError: its files are not what they should be.
     """
     hub = {key: options[key] for key in _OF_CONFIGS if key in options}
     config = AutoConfig.from_pretrained(path, **hub)

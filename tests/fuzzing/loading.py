@@ -20,6 +20,7 @@ from grinqh_ao.checkpoint import SUFFIXES, from_tensors
 from grinqh_ao.huggingface import GrinqhHfConfig
 from grinqh_ao.huggingface.files import check_files, open_tensors
 from grinqh_ao.huggingface.loading import find_places
+from grinqh_ao.linear import embedding
 
 MOST_BYTES = 1 << 16
 SIZES = {
@@ -108,6 +109,6 @@ def use(weight: Any) -> None:
         assert F.linear(x[:rows], weight).shape == (rows, weight.shape[0])
     for level in weight.levels:
         weight.dequantize(level=level)
-    weight.embedding(torch.tensor([0, weight.shape[0] - 1]))
+    embedding(weight, torch.tensor([0, weight.shape[0] - 1]))
     weight.set_bits(max(weight.levels[0], weight.levels[-1] / 2))
     assert 0 <= weight.bits <= 8

@@ -1,0 +1,124 @@
+"""What ``F.linear`` and ``F.embedding`` compute with a GrinqhTensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grinqh_ao import decode_rule, ops
+from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
+from grinqh_ao.slices import split, unpack_rows
+from grinqh_ao.torchao_tensor import GrinqhTensor
+
+
+def linear(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] -> [..., N] in the dtype of ``x``; bias [N] or None.
+
+    Raises:
+        ValueError: shapes do not fit, or ``weight`` is a stack of experts' weights.
+        TypeError: ``x`` is not floating point.
+    """
+    tiles = weight.scales.shape  # what is asked of a plain tensor is answered faster
+    if len(tiles) != 3:
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: expected [out, in], one expert")
+    if x.shape[-1] != tiles[1]:
+        raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {tiles[1]}]")
+    if not x.is_floating_point():
+        raise TypeError(f"input of dtype {x.dtype}: expected floating point")
+    x = autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    start = first_decoded_row(x, bias)
+    if start is None:
+        return _dense(x, weight, bias)
+    if decode_rule.decoded_together() or x.numel() == x.shape[-1]:
+        return ops.decode_linear(
+            x,
+            weight.slices,
+            weight.scales,
+            weight.vectors,
+            bias,
+            weight.low,
+            weight.levels,
+            weight.shared_mean(x),
+        )
+    decoded = decode_rows(x[..., start:, :], weight, bias)
+    if start == 0:
+        return decoded
+    prefix = F.linear(x[..., :start, :], weight.dequantize(x.dtype), bias)
+    return torch.cat([prefix, decoded], dim=-2)
+
+
+def first_decoded_row(x: Tensor, bias: Tensor | None = None) -> int | None:
+    """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
+    # The decode ops have no gradient; the dense path does, for x and bias.
+    return None if _wants_grad(x) or _wants_grad(bias) else decode_rule.first_decoded_row(x)
+
+
+def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
+    """The decode rule on every row by itself: a dense product per level, in float32 or more."""
+    bits = weight.grade(x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = x.new_zeros(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    for level in weight.levels:
+        if level:
+            dense = weight.dequantize(dtype, level)
+            y += torch.where(bits == level, x, 0).to(dtype) @ dense.t()
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+def _dense(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
+    wants_grad = _wants_grad(x) or _wants_grad(bias)
+    if x.device.type == "cpu" and not wants_grad:  # in blocks; on GPUs compilers fuse more
+        return ops.dense_linear(
+            x,
+            weight.slices,
+            weight.scales,
+            weight.vectors,
+            bias,
+            weight.low,
+            weight.levels[-1],
+        )
+    dense = weight.dequantize(x.dtype)
+    if not wants_grad or torch.compiler.is_compiling():
+        return F.linear(x, dense, bias)
+    # A backward pass dequantizes again, so that between the passes there is no dense weight.
+    place = dense.data_ptr()
+
+    def pack(saved: Tensor) -> Any:
+        return (saved.shape, saved.stride()) if saved.data_ptr() == place else saved
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        return weight.dequantize(x.dtype).as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return F.linear(x, dense, bias)
+
+
+def embedding(weight: GrinqhTensor, indices: Tensor) -> Tensor:
+    """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""
+    if weight.low is not None:
+        return F.embedding(indices, weight.dequantize())
+    rows = indices.flatten()
+    row_scale = weight.row_scale.index_select(0, rows)  # says if an index is out of range
+    codes = unpack_rows(split(weight.slices, weight.shape[1]), rows)
+    groups = weight.scales[rows // weight.tile, :, rows % weight.tile // SCALE_GROUP]
+    values = lookup(level_values(weight.gains, weight.levels[-1]), codes)
+    found = values * decode_scales(groups) * row_scale[:, None]
+    return found.to(weight.dtype).view(*indices.shape, -1)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` as ``torch.autocast`` would have it, where that is on."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _wants_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
