@@ -6,6 +6,7 @@ In DIRECTORY: the distributions, and an empty environment that the wheel is inst
 without any extra.
 """
 
+import argparse
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-IN_SDIST = ("grinqh_ao", "tests", "benchmarks", "docs", "README.md", "Makefile", "pyproject.toml")
+IN_SDIST = (
+    ".ci", "grinqh_ao", "tests", "benchmarks", "docs", "README.md", "Makefile", "pyproject.toml",
+)  # fmt: skip
 CORE = """
 import importlib.util, sys, time
 assert importlib.util.find_spec("transformers") is None
@@ -31,8 +34,9 @@ with torch.no_grad():
 
 
 def tracked(*folders: str) -> set[str]:
-    command = ["git", "-C", str(ROOT), "ls-files", *folders]
-    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", *folders]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return set(listed.split("\0")) - {""}
 
 
 def check_contents(wheel: Path, sdist: Path) -> None:
@@ -43,13 +47,20 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     assert "grinqh_ao/py.typed" in names
     assert any(name.endswith("licenses/docs/LICENSE") for name in about), about
     with tarfile.open(sdist) as file:
+        file.extractall(sdist.parent / "sources", filter="data")
         names = {member.name.split("/", 1)[1] for member in file if member.isfile()}
     expected = tracked(*IN_SDIST) | {"PKG-INFO", ".gitignore"}  # hatchling adds these
     assert names == expected, names ^ expected
+    (sources,) = (sdist.parent / "sources").iterdir()
+    subprocess.run(["make", "--dry-run", "--silent", "demo", "test"], check=True, cwd=sources,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
 
 
 def main() -> None:
-    to = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("directory", type=Path, help="a new one")
+    to = parser.parse_args().directory.resolve()
+    to.mkdir()
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(to), str(ROOT)], check=True)
     (wheel,), (sdist,) = to.glob("*.whl"), to.glob("*.tar.gz")
     check_contents(wheel, sdist)

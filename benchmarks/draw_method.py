@@ -15,7 +15,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import Rectangle
-from plotting import COLOURS, FAINT, INK, ORANGE, save
 from torch import Tensor
 
 from grinqh_ao.codec import default_gains, level_values
@@ -26,6 +25,7 @@ from grinqh_ao.grading import (
     threshold_ratios,
     thresholds_for,
 )
+from plotting import COLOURS, FAINT, INK, ORANGE, save
 
 CHANNELS, OUTLIER, BITS = 24, 4, 3.5
 SHADES = ["#0b4f86", "#2a7fc0", "#6aa9dc", "#a9cdec"]  # the top slice darkest
@@ -73,7 +73,7 @@ def draw_levels(out: Path) -> None:
         bottom.set(ylim=(-1.1, 4), xlim=(-0.8, CHANNELS - 0.2), xticks=[])
         bottom.set_xlabel(f"input channels: {mean:.2f} bits per weight read")
         bottom.set_yticks(
-            [-0.4, 0.45, 1.45, 2.45, 3.45], ["bits read", *(f"slice {s}" for s in (4, 3, 2, 1))]
+            [-0.4, 0.45, 1.45, 2.45, 3.45], ["bits read", *(f"slice {s}" for s in (3, 2, 1, 0))]
         )
         bottom.tick_params(length=0)
         bottom.spines[:].set_visible(False)
@@ -94,6 +94,7 @@ def _square(value: Any) -> Any:
 def draw_slices(out: Path) -> None:
     """One weight: its code, cut into slices, and what is known of it after each of them."""
     code, gains = 0b10110110, default_gains()
+    slices = [f"{code >> shift & 3:02b}" for shift in (6, 4, 2, 0)]
     figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
     for row, level in enumerate(ALL_LEVELS[1:]):
         values = level_values(gains, level)
@@ -101,8 +102,6 @@ def draw_slices(out: Path) -> None:
         marker = "|" if level < 8 else ","
         axis.plot(values, [-row] * len(values), marker, color=FAINT, markersize=9)
         axis.plot(value, -row, "o", color=SHADES[row], markersize=9, markeredgecolor=INK)
-        digits = f"{code:08b}"
-        slices = [digits[i : i + 2] for i in range(0, 8, 2)]
         for i, digits in enumerate(slices):
             box = Rectangle(
                 (-2.05 + 0.2 * i, -row - 0.3), 0.18, 0.6, linewidth=0.8, edgecolor=FAINT,

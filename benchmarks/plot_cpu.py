@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+
 from plotting import COLOURS, FAINT, save
 
 PEERS = {"int8 (torchao, compiled)": (8, "s"), "int4 (PyTorch)": (4, "^")}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+
 from plotting import COLOURS, FAINT, save
 
 LAYERS = [(4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336)]

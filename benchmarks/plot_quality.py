@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+
 from plotting import AMBER, BLUE, FAINT, GREEN, INK, ORANGE, PINK, SKY, save
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"

@@ -16,7 +16,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, AMBER = (
 )  # fmt: skip
 COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY, AMBER]
 INK, FAINT = "#24292f", "#8c959f"
-# What browsers show instead where the page is dark. Of two colours in a picture none is the same.
+# What browsers show instead where the page is dark.
 ON_DARK = {INK: "#e6edf3", FAINT: "#7d8590", BLUE: "#2f81c7"}
 
 plt.rcParams.update(
@@ -50,5 +50,8 @@ def save(figure: Any, path: Path) -> None:
         for what in ("fill", "stroke")
     )
     style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
-    text = path.read_text().replace("<defs>", style + "<defs>", 1)
+    text = path.read_text()
+    assert "<defs>" in text, "Matplotlib writes another SVG: where does a style go?"
+    assert f": {INK}" in text, "Matplotlib writes colours in another way"
+    text = text.replace("<defs>", style + "<defs>", 1)
     path.write_text("\n".join(line.rstrip() for line in text.split("\n")))

@@ -1,4 +1,4 @@
-"""Errors that a caller may want to tell from those of a wrong argument."""
+"""Errors to be told from those of a wrong argument."""
 
 from __future__ import annotations
 

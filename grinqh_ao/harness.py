@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on quantized models (``pip install grinqh-ao[eval]``).
+"""EleutherAI's lm-evaluation-harness on quantized models (extra ``eval``).
 
     python -m grinqh_ao.harness --model grinqh \\
         --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,bits=3 --tasks gsm8k_cot

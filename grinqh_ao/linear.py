@@ -47,8 +47,7 @@ def linear(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tenso
     decoded = decode_rows(x[..., start:, :], weight, bias)
     if start == 0:
         return decoded
-    prefix = F.linear(x[..., :start, :], weight.dequantize(x.dtype), bias)
-    return torch.cat([prefix, decoded], dim=-2)
+    return torch.cat([_dense(x[..., :start, :], weight, bias), decoded], dim=-2)
 
 
 def first_decoded_row(x: Tensor, bias: Tensor | None = None) -> int | None:

@@ -68,8 +68,8 @@ def test_ratios_grow_and_expected_bits_fall(levels):
 
 
 def test_constants_of_the_documentation():
-    assert thresholds_for(3, ALL_LEVELS)[1, 0] == pytest.approx(0.214, abs=0.006)
-    assert thresholds_for(2, ALL_LEVELS)[1, 0] == pytest.approx(0.428, abs=0.006)
+    assert thresholds_for(3, ALL_LEVELS)[1, 0] == pytest.approx(0.218, abs=0.0005)
+    assert thresholds_for(2, ALL_LEVELS)[1, 0] == pytest.approx(0.430, abs=0.0005)
 
 
 @pytest.mark.parametrize("levels", LEVEL_SETS, ids=str)

@@ -1,9 +1,9 @@
 """Other quantizers, by others' code, as dense weights: what they cost in quality at their bits.
 
 A method takes a model in float32 and replaces the weights of the linear layers of its decoder by
-what they become when they are quantized and dequantized again. Scales and zero points are counted
-as 16 bits each, and are rounded to float16 where torchao does not keep them in float32 itself
-(int8, int4).
+what they become when they are quantized and dequantized again. Scales are counted
+as 16 bits each, zero points as 16 or, where they are integers, as the codes' bits; both are rounded
+to float16 where torchao does not keep them in float32 itself (int8, int4).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ parser.add_argument("--prompt", default="Explain in two sentences why the sky is
 parser.add_argument("--new-tokens", type=int, default=64)
 arguments = parser.parse_args()
 
-# AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained, and .gguf files.
+# As AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained do; .gguf files too.
 model, tokenizer = load(arguments.model)
 quantize_(model, grinqh_ao.GrinqhConfig(bits=arguments.bits))
 print(grinqh_ao.summary(model))

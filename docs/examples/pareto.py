@@ -17,6 +17,8 @@ parser.add_argument("--bits", type=float, nargs="+", default=[2, 2.5, 3, 3.5, 4,
 parser.add_argument("--tokens", type=int, default=1024, help="to evaluate on")
 parser.add_argument("--out", help="also draw the curve, with Matplotlib")
 arguments = parser.parse_args()
+if arguments.out:
+    import matplotlib.pyplot as plt
 
 model, tokenizer = load(arguments.model)
 ids = token_rows(tokenizer, english_prose(), arguments.tokens)
@@ -33,8 +35,6 @@ headers = ["bits", "bits read", "MB per token", "mean KL", "perplexity"]
 print(tabulate(rows, headers, "github", floatfmt=("g", ".2f", ".1f", ".4f", ".2f")))
 
 if arguments.out:
-    import matplotlib.pyplot as plt
-
     _, axes = plt.subplots(layout="constrained")
     axes.semilogy([row[2] for row in rows], [row[3] for row in rows], "o-")
     for row in rows:

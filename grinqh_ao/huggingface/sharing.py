@@ -53,7 +53,7 @@ step each input channel is read at 0, 2, 4, 6 or 8 bits, as its activation deser
 
 ## How to load it
 
-`pip install grinqh-ao[hf]`, then
+With grinqh_ao and its extra `hf` installed:
 
 ```python
 import grinqh_ao  # before from_pretrained: it teaches transformers the format
