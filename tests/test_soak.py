@@ -16,7 +16,8 @@ from grinqh_ao import GrinqhConfig, set_bits
 from grinqh_ao.model import quantized_linears
 from models import tiny_model
 
-STEPS = int(os.environ.get("GRINQH_SOAK_STEPS", "2000"))
+STEPS = int(os.environ.get("GRINQH_SOAK_STEPS", "1000"))
+CHECKS = 100 if STEPS >= 20000 else 30
 BATCHES = (1, 2, 4)
 LENGTH = 48
 
@@ -60,7 +61,7 @@ def test_steps_cache_resets_batches_and_bits(monkeypatch):
             if position[batch] == LENGTH or chance.random() < 0.01:
                 caches[batch].reset()
                 position[batch] = 0
-            if chance.random() < 100 / STEPS:  # the same step, eagerly and by the oracle
+            if chance.random() < CHECKS / STEPS:  # the same step, eagerly and by the oracle
                 state, cache = chance.getstate(), copy.deepcopy(caches[batch])
                 expected = run(batch, by_the_oracle(model, monkeypatch), cache)
                 chance.setstate(state)
@@ -80,7 +81,7 @@ def test_steps_cache_resets_batches_and_bits(monkeypatch):
     grown, more = resident() - memory, len(gc.get_objects()) - objects
     print(f"{STEPS} steps, {checked} checked: largest error {largest:.1e} of the largest logit; "
           f"{grown / 1e6:+.1f} MB, {more:+d} objects since step {STEPS // 4}")  # fmt: skip
-    assert checked > 50
+    assert checked > CHECKS / 2
     # Rounding differs; a level that it changes, rarely, shows in the logits.
     assert largest < 0.05
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
