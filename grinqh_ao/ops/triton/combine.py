@@ -10,19 +10,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grinqh_ao.ops.triton.lists import row_scale_at
+from grinqh_ao.ops.triton.members import pick
+
 
 @triton.jit
 def combine(
     partial,  # float32 [splits, ROWS, padded], outputs of all weights, each padded to tiles
     arrivals,  # int32 [all tiles], zero before and after
-    row_scale,  # float32 [n]
-    bias,  # [n] or None
-    out,  # [rows, n]
+    # As the kernels have them:
+    vectors,
+    bias,
+    experts,
+    out,
+    n,
+    member,  # the weight of the tile
     tile,  # of all weights
     tile_of_weight,
     splits,
     rows,
-    n,
+    k,
     padded,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -37,7 +44,14 @@ def combine(
         # lists of channels must keep one element per thread.
         column = tl.arange(0, TILE)[None, :]
         output = tile_of_weight * TILE + column
-        inside = output < n
+        outputs = pick(member, n)
+        inside = output < outputs
+        row_scale = pick(member, vectors) + row_scale_at(k)
+        to = pick(member, out) + output
+        if experts is not None:
+            slot = tl.program_id(2)
+            row_scale += tl.load(experts + slot) * (row_scale_at(k) + outputs)
+            to += slot * outputs
         scale = tl.load(row_scale + output, mask=inside, other=0)
         for r in range(rows):
             total = tl.zeros((1, TILE), tl.float32)
@@ -53,5 +67,5 @@ def combine(
                 total += tl.sum(sums, 0, keep_dims=True)
             total *= scale
             if bias is not None:
-                total += tl.load(bias + output, mask=inside, other=0).to(tl.float32)
-            tl.store(out + r * n + output, total.to(out.dtype.element_ty), mask=inside)
+                total += tl.load(pick(member, bias) + output, mask=inside, other=0).to(tl.float32)
+            tl.store(to + r * outputs, total.to(to.dtype.element_ty), mask=inside)

@@ -20,12 +20,11 @@ from grinqh_ao.ops.triton.lists import (
     has_singles,
     load_x,
     merge,
-    row_scale_at,
     scaled,
     scales_of,
     words_of,
 )
-from grinqh_ao.ops.triton.members import find, pick
+from grinqh_ao.ops.triton.members import pick, work_of_program
 
 # x is scaled to at most 2 ** TOP, so that products with subnormal codes are normal numbers.
 TOP = tl.constexpr(100)
@@ -168,19 +167,9 @@ def decode_fma_kernel(
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
-    member, tile_of_weight = find(tile, tiles)
-    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
-    scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
-    this = pick(member, vectors)
-    program = (split * all_tiles + tile).to(tl.int64)
-    if experts is not None:
-        slot = tl.program_id(2)
-        program += slot.to(tl.int64) * splits * all_tiles
-        expert = tl.load(experts + slot)
-        slices += expert * all_tiles * lines[0] * WORDS
-        scales += expert * all_tiles * k * (WORDS // 4)
-        this += expert * (row_scale_at(k) + n[0])
-        x += slot * k
+    member, tile_of_weight, program, x, slices, scales, this = work_of_program(
+        x, slices, scales, vectors, experts, n, tiles, lines, k, WORDS
+    )
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
     ENTRY: tl.constexpr = entry_words(ROWS)
@@ -262,14 +251,7 @@ def decode_fma_kernel(
         at = r * all_tiles * TILE + field * WORDS + word
         exponent = exponent_of_row(exponents, r, ROWS)
         tl.store(sums + at, scaled(total, -exponent))
-    # Not before the loops: there are no registers to keep it in.
-    n = pick(member, n)
-    row_scale = pick(member, vectors) + row_scale_at(k)
-    out = pick(member, out)
-    if experts is not None:
-        row_scale += tl.load(experts + tl.program_id(2)) * (row_scale_at(k) + n)
-        out += tl.program_id(2) * n
     combine(
-        partial, arrivals, row_scale, None if bias is None else pick(member, bias), out, tile,
-        tile_of_weight, splits, rows, n, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,
+        partial, arrivals, vectors, bias, experts, out, n, member, tile, tile_of_weight, splits,
+        rows, k, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,
     )  # fmt: skip

@@ -31,7 +31,7 @@ from grinqh_ao.ops.triton.lists import (
     scales_of,
     words_of,
 )
-from grinqh_ao.ops.triton.members import find, pick
+from grinqh_ao.ops.triton.members import pick, work_of_program
 
 # x is scaled to at most 2 ** TOP: products with scales and gains, at most 1, stay below 65504.
 TOP = tl.constexpr(14)
@@ -165,19 +165,9 @@ def decode_mma_kernel(
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
     splits = tl.num_programs(1)
-    member, tile_of_weight = find(tile, tiles)
-    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
-    scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
-    this = pick(member, vectors)
-    program = (split * all_tiles + tile).to(tl.int64)
-    if experts is not None:
-        slot = tl.program_id(2)
-        program += slot.to(tl.int64) * splits * all_tiles
-        expert = tl.load(experts + slot)
-        slices += expert * all_tiles * lines[0] * WORDS
-        scales += expert * all_tiles * k * (WORDS // 4)
-        this += expert * (row_scale_at(k) + n[0])
-        x += slot * k
+    member, tile_of_weight, program, x, slices, scales, this = work_of_program(
+        x, slices, scales, vectors, experts, n, tiles, lines, k, WORDS
+    )
     STEP: tl.constexpr = 4 * LINES * NUM_WARPS  # entries
     PADDING: tl.constexpr = 2 * STEP  # to whole steps, and one that is loaded in vain
     ENTRY: tl.constexpr = entry_words(ROWS)
@@ -288,14 +278,7 @@ def decode_mma_kernel(
             total += tl.load(warp_sums + (w * ROWS + r) * TILE + output)
         exponent = exponent_of_row(exponents, r, ROWS)
         tl.store(partial_tile + r * all_tiles * TILE + output, scaled(total, -exponent))
-    # Not before the loops: there are no registers to keep it in.
-    n = pick(member, n)
-    row_scale = pick(member, vectors) + row_scale_at(k)
-    out = pick(member, out)
-    if experts is not None:
-        row_scale += tl.load(experts + tl.program_id(2)) * (row_scale_at(k) + n)
-        out += tl.program_id(2) * n
     combine(
-        partial, arrivals, row_scale, None if bias is None else pick(member, bias), out, tile,
-        tile_of_weight, splits, rows, n, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,
+        partial, arrivals, vectors, bias, experts, out, n, member, tile, tile_of_weight, splits,
+        rows, k, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,
     )  # fmt: skip

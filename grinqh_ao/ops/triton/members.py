@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grinqh_ao.ops.triton.lists import row_scale_at
+
 
 @triton.jit
 def find(tile, tiles):
@@ -33,3 +35,28 @@ def pick(member, values):
     for i in tl.static_range(1, len(values)):
         chosen = tl.where(member == i, values[i], chosen)
     return chosen
+
+
+@triton.jit
+def work_of_program(x, slices, scales, vectors, experts, n, tiles, lines, k, WORDS: tl.constexpr):
+    """What a program of a decode kernel works on, of the kernel's arguments with these names.
+
+    Returns its weight, its tile's place in that and its own number; and where are the activations,
+    the tile's slices and scales, and the weight's vectors.
+    """
+    tile = tl.program_id(0)
+    all_tiles = tl.num_programs(0)
+    member, tile_of_weight = find(tile, tiles)
+    slices = pick(member, slices) + tile_of_weight.to(tl.int64) * pick(member, lines) * WORDS
+    scales = pick(member, scales) + tile_of_weight.to(tl.int64) * k * (WORDS // 4)
+    vectors = pick(member, vectors)
+    program = (tl.program_id(1) * all_tiles + tile).to(tl.int64)
+    if experts is not None:
+        slot = tl.program_id(2)
+        program += slot.to(tl.int64) * tl.num_programs(1) * all_tiles
+        expert = tl.load(experts + slot)
+        slices += expert * all_tiles * lines[0] * WORDS
+        scales += expert * all_tiles * k * (WORDS // 4)
+        vectors += expert * (row_scale_at(k) + n[0])
+        x += slot * k
+    return member, tile_of_weight, program, x, slices, scales, vectors
