@@ -67,7 +67,7 @@ def program(form: str, rows: int, words: int, block: int, capability: int) -> Pr
     """
     if is_large(form, rows, block):
         return Program(LARGE_WARPS, gpu(capability).large_registers)
-    return Program(SMALL_WARPS, 168 if (form, rows, words) == ("fma", 1, 32) else None)
+    return Program(SMALL_WARPS, 168 if (rows, words) == (1, 32) else None)
 
 
 def chunk_length(
