@@ -10,7 +10,6 @@ import argparse
 import subprocess
 import sys
 import tarfile
-import venv
 import zipfile
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(to), str(ROOT)], check=True)
     (wheel,), (sdist,) = to.glob("*.whl"), to.glob("*.tar.gz")
     check_contents(wheel, sdist)
-    venv.create(to / "empty", with_pip=True)
+    subprocess.run([sys.executable, "-m", "venv", to / "empty"], check=True)
     python = to / "empty" / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     pip += ["--constraint", ROOT / ".ci" / "constraints.txt"]

@@ -109,14 +109,18 @@ def changed(x: Tensor, chance: random.Random) -> Tensor:
 
 
 def search(
-    layer: Layer, seconds: float, chance: random.Random, candidates: int = 1
+    layer: Layer,
+    chance: random.Random,
+    candidates: int = 1,
+    seconds: float = math.inf,
+    most: float = math.inf,
 ) -> dict[str, Any]:
-    """The worst that was found in this time, and how often it looked."""
+    """The worst that was found in this time, or of so many, and how many were tried."""
     worst: dict[str, Any] = {"decoded": 0.0, "dense": 0.0, "dense overflowed": 0, "tried": 0}
     end = time.perf_counter() + seconds
     k = layer.weight.shape[1]
     x, here, stale = torch.randn(1, k).to(layer.dtype), 0.0, 0
-    while time.perf_counter() < end:
+    while time.perf_counter() < end and worst["tried"] < most:
         rows = [changed(x, chance) for _ in range(candidates)]
         stale += candidates
         for new, (decoded, dense) in zip(rows, layer.errors(torch.cat(rows)), strict=True):
@@ -147,7 +151,7 @@ def main() -> None:
     seconds = 60 * arguments.minutes / (len(shapes) * len(DTYPES))
     for n, k in shapes:
         for dtype in DTYPES:
-            found = search(Layer(n, k, dtype, n, decode), seconds, chance, candidates)
+            found = search(Layer(n, k, dtype, n, decode), chance, candidates, seconds)
             rows.append({"layer": f"{n}x{k}", "dtype": str(dtype).removeprefix("torch."), **found})
     print(tabulate(rows, "keys", "github", floatfmt=".2f"))
     print(describe_machine())

@@ -40,7 +40,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
 @GrinqhTensor.implements(aten.embedding.default)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     weight, indices = args[:2]  # the rest only matters for gradients
-    return embedding(weight, indices)
+    return embedding(indices, weight)
 
 
 @GrinqhTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])

@@ -98,7 +98,7 @@ def _dense(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, dense, bias)
 
 
-def embedding(weight: GrinqhTensor, indices: Tensor) -> Tensor:
+def embedding(indices: Tensor, weight: GrinqhTensor) -> Tensor:
     """Rows of the weight at its highest level, in its own dtype: ``[*indices.shape, K]``."""
     if weight.low is not None:
         return F.embedding(indices, weight.dequantize())

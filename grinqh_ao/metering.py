@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grinqh_ao import linear
+from grinqh_ao import decode_rule
 from grinqh_ao.codec import SCALE_GROUP
-from grinqh_ao.decode_rule import decoded_together, decoded_tokens, first_decoded_row
+from grinqh_ao.decode_rule import decoded_together, decoded_tokens
 from grinqh_ao.experts import ExpertLinears
+from grinqh_ao.linear import first_decoded_row
 from grinqh_ao.model import quantized_modules
 from grinqh_ao.stepping import eagerly
 from grinqh_ao.torchao_tensor import GrinqhTensor
@@ -261,9 +262,9 @@ def _count(
     kwargs: dict[str, Tensor],
 ) -> None:
     x = args[0] if args else kwargs["input"]
-    start = linear.first_decoded_row(x, module.bias)
+    start = first_decoded_row(x, module.bias)
     if start is None:
-        if first_decoded_row(x) is not None:
+        if decode_rule.first_decoded_row(x) is not None:
             counter.tokens_with_gradient += 1
         return
     rows = x.detach()[..., start:, :] if x.dim() > 1 else x.detach()[None]

@@ -88,8 +88,36 @@ def check_dequantize(job: tuple[torch.dtype, int, bool]) -> list[Outcome]:
     return [Outcome(f"dequantize, level {level}, compact: {compact}", str(dtype), error, wrong)]
 
 
+@torch.no_grad()
+def check_extremes(job: tuple[int, torch.dtype]) -> list[Outcome]:
+    """From the largest numbers to subnormal ones and zeros, side by side; NaN and infinity."""
+    n, dtype = job
+    torch.manual_seed(0)
+    info = torch.finfo(dtype)
+    weight = GrinqhTensor.from_hp(torch.randn(n, 300, device=timing.DEVICE) / 64, bits=8)
+    magnitudes = [info.max / 2**12, 1, info.tiny * 2**7, info.tiny / 16, 0]
+    x = laplace(5, 300) * torch.tensor(magnitudes, device=timing.DEVICE)[:, None]
+    x = x.to(dtype)
+    found, truth = F.linear(x, weight), expected(x, weight, None)
+    allowed = TOLERANCE[dtype] * truth.abs().amax(-1, keepdim=True) + 16 * info.tiny * info.eps
+    difference = (found.double() - truth).abs()
+    x[1, 7], x[2, 9] = torch.nan, torch.inf
+    not_finite = (~F.linear(x, weight).isfinite().all(-1)).tolist()
+    wrong = not bool((difference <= allowed).all()) or not_finite.tolist() != [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    case = f"{n}x300, extremes, not finite: {not_finite}"
+    error = (difference[1].max() / truth[1].abs().max()).item()
+    return [Outcome(case, str(dtype), error, wrong)]
+
+
 def check(job: tuple[Any, ...]) -> list[Outcome]:
-    return check_decode(job) if len(job) == 4 else check_dequantize(job)
+    """By the length of what a job says."""
+    return {4: check_decode, 3: check_dequantize, 2: check_extremes}[len(job)](job)
 
 
 def jobs() -> list[tuple[Any, ...]]:
@@ -101,6 +129,7 @@ def jobs() -> list[tuple[Any, ...]]:
         found += [(*shape, rows, dtypes[(i + rows) % 3]) for rows in (2, 5, 8)]
     for i, dtype in enumerate(dtypes):
         found += [(dtype, 2 + 2 * i, False), (dtype, 8 - 2 * i, True)]
+        found += [(n, dtype) for n in (128, 512)]  # without and with tensor cores
     return found
 
 

@@ -40,8 +40,8 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         save_id: of a saved model: what its files have in their metadata. Not to be given.
 
     Raises:
-        ValueError: an argument is out of range, or none of these.
-        CheckpointError: the saved model has a format that this version does not know.
+        ValueError: an argument is out of range or unknown, or the saved model has a format that
+            this version does not know; of a saved model it is a CheckpointError.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if format_version not in (None, FORMAT_VERSION):
-            raise CheckpointError(
+            raise ValueError(
                 f"quantization_config: format_version={format_version!r}: this grinqh_ao reads "
                 f"version {FORMAT_VERSION}; another version of grinqh_ao may read it"
             )
@@ -75,11 +75,19 @@ class GrinqhHfConfig(QuantizationConfigMixin):
             if not isinstance(weights, Sequence) or not all(
                 isinstance(group, Mapping) for group in weights
             ):
-                raise CheckpointError(f"quantization_config: weights={weights!r}: expected groups")
+                raise ValueError(f"quantization_config: weights={weights!r}: expected groups")
             self.format_version = FORMAT_VERSION
             self.weights = [dict(group) for group in weights]
         elif format_version is not None:
-            raise CheckpointError("quantization_config: weights: missing")
+            raise ValueError("quantization_config: weights: missing")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Of a saved model, whose config.json has these settings; so errors are CheckpointError."""
+        try:
+            return super().from_dict(config_dict, *args, **kwargs)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
 
     def to_quantize(self) -> GrinqhConfig:
         """The same for ``quantize_``."""

@@ -125,9 +125,8 @@ class GrinqhHfQuantizer(HfQuantizer):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self.stored:
             if type(parameters[name]) is nn.Parameter:
-                raise CheckpointError(
-                    f"{name}: missing"
-                )  # in a state_dict; files are checked before
+                # In a state_dict: files are checked before.
+                raise CheckpointError(f"{name}: missing")
         for _, module, _ in quantized_modules(model):
             show_in_repr(module)
             module.weight.requires_grad_(False)  # transformers made a parameter of it anew

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grinqh_ao import CheckpointError, GrinqhTensor
 from grinqh_ao.checkpoint import SUFFIXES, from_tensors
 from grinqh_ao.huggingface import GrinqhHfConfig
 from grinqh_ao.huggingface.files import check_files, open_tensors
@@ -69,7 +70,7 @@ def load(data: bytes, say: bool = False) -> bool:
     Whatever else is raised, or made larger than MOST_BYTES, is a defect.
 
     Args:
-        say: raise the ValueError of a refusal instead.
+        say: raise the CheckpointError of a refusal instead.
     """
     config, content = parted(data)
     try:
@@ -82,33 +83,40 @@ def load(data: bytes, say: bool = False) -> bool:
     file.write_bytes(content)
     with LargestTensor() as largest:
         try:
-            quantization_config = GrinqhHfConfig(**settings)
-            attributes = quantization_config.attributes()
-            saved = quantization_config.save_id
-            places = find_places(model(), attributes)
-            shapes = {name: model().get_parameter(own).shape for name, own in places.items()}
-            check_files([str(file)], model(), attributes, shapes, saved)
-            with open_tensors([str(file)], saved) as tensors:
-                for name, shape in shapes.items():
-                    inner = [s for s in SUFFIXES.values() if name + s in tensors]
-                    parts = {suffix: tensors[name + suffix][...] for suffix in inner}
-                    weight = from_tensors(parts, shape, attributes[name], torch.float32, name)
-                    use(weight)
-            accepted = True
-        except ValueError:
+            accepted = weights(settings, str(file))
+        except CheckpointError:
             if say:
                 raise
-            accepted = False
+            accepted = []
+        for weight in accepted:
+            use(weight)
     assert largest.bytes <= MOST_BYTES, f"a tensor of {largest.bytes} bytes"
-    return accepted
+    return bool(accepted)
 
 
-def use(weight: Any) -> None:
+def weights(settings: dict[str, Any], file: str) -> list[GrinqhTensor]:
+    """All of a model, as ``from_pretrained`` loads them; refused with CheckpointError."""
+    quantization_config = GrinqhHfConfig.from_dict(settings)
+    attributes = quantization_config.attributes()
+    save_id = quantization_config.save_id
+    places = find_places(model(), attributes)
+    shapes = {name: model().get_parameter(own).shape for name, own in places.items()}
+    check_files([file], model(), attributes, shapes, save_id)
+    found = []
+    with open_tensors([file], save_id) as tensors:
+        for name, shape in shapes.items():
+            inner = [s for s in SUFFIXES.values() if name + s in tensors]
+            parts = {suffix: tensors[name + suffix][...] for suffix in inner}
+            found.append(from_tensors(parts, shape, attributes[name], torch.float32, name))
+    return found
+
+
+def use(weight: GrinqhTensor) -> None:
     x = torch.linspace(-3, 3, 9 * weight.shape[1]).view(9, -1)
     for rows in (1, 3, 9):
         assert F.linear(x[:rows], weight).shape == (rows, weight.shape[0])
     for level in weight.levels:
         weight.dequantize(level=level)
-    embedding(weight, torch.tensor([0, weight.shape[0] - 1]))
+    embedding(torch.tensor([0, weight.shape[0] - 1]), weight)
     weight.set_bits(max(weight.levels[0], weight.levels[-1] / 2))
     assert 0 <= weight.bits <= 8

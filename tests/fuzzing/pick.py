@@ -9,6 +9,8 @@ from pathlib import Path
 
 import loading
 
+from grinqh_ao import CheckpointError
+
 CORPUS = Path(__file__).with_name("corpus.tar.xz")
 
 
@@ -16,7 +18,7 @@ def why(data: bytes) -> str:
     """The message of the refusal, without what differs between two of its kind."""
     try:
         return str(loading.load(data, say=True))
-    except ValueError as error:
+    except CheckpointError as error:
         return re.sub(r"\d+|'[^']*'|\[.*\]|\(.*\)|=\S*", "#", str(error))[:100]
 
 

@@ -173,7 +173,7 @@ def jobs() -> list[Job]:
             decode_job("mma", 1, 16, capability),
             decode_job("mma", 4, 32, capability),
             decode_job("mma", 8, 32, capability),
-            decode_job("fma", 8, 32, capability),
+            *(decode_job("fma", rows, 32, capability) for rows in (2, 4, 8)),
             decode_job("fma", 1, 4, capability),
             decode_job("mma", 1, 32, capability, compact=True),
             decode_job("fma", 1, 32, capability, compact=True),

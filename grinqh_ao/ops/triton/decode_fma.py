@@ -26,7 +26,7 @@ from grinqh_ao.ops.triton.lists import (
 )
 from grinqh_ao.ops.triton.members import pick, work_of_program
 
-# x is scaled to at most 2 ** TOP, so that products with subnormal codes are normal numbers.
+# x is scaled to less than 2 ** (TOP + 1), so that products with subnormal codes are normal numbers.
 TOP = tl.constexpr(100)
 
 

@@ -33,7 +33,7 @@ from grinqh_ao.ops.triton.lists import (
 )
 from grinqh_ao.ops.triton.members import pick, work_of_program
 
-# x is scaled to at most 2 ** TOP: products with scales and gains, at most 1, stay below 65504.
+# x is scaled to less than 2 ** (TOP + 1): products with scales and gains, at most 1, stay finite.
 TOP = tl.constexpr(14)
 # That a lane reads in a step; a pair has two.
 LINES = tl.constexpr(4)

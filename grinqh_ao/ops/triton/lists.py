@@ -102,7 +102,7 @@ def scaled(value, exponent):
 
 @triton.jit
 def exponent_for(x, TOP: tl.constexpr):
-    """Of the power of two that puts the largest finite element at 2 ** TOP, from below."""
+    """Of the power of two that brings the largest finite element to 2 ** TOP or up to twice it."""
     magnitude = tl.abs(x)
     largest = tl.max(tl.where(magnitude <= FLOAT32_MAX, magnitude, 0.0), 0)
     return TOP + 127 - (largest.to(tl.int32, bitcast=True) >> 23)  # TOP + 127 if subnormal or zero
@@ -217,7 +217,7 @@ def build_lists(
     MEAN_BLOCK: tl.constexpr,
     STEP: tl.constexpr,  # entries of the loops' steps, or None
     PADDING: tl.constexpr,  # entries that multiply with zero behind the last one
-    TOP: tl.constexpr,  # a row is scaled by a power of two that puts its largest at 2 ** TOP
+    TOP: tl.constexpr,  # of each row, this chunk is scaled to less than 2 ** (TOP + 1)
     PREFETCHED: tl.constexpr,  # the first entries of either list whose lines are prefetched
     INTERPRET: tl.constexpr,
 ):
