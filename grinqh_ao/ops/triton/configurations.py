@@ -67,11 +67,7 @@ def program(form: str, rows: int, words: int, block: int, capability: int) -> Pr
     """
     if is_large(form, rows, block):
         return Program(LARGE_WARPS, gpu(capability).large_registers)
-    if (rows, words) != (1, 32):
-        return Program(SMALL_WARPS, None)
-    # As many as let the programs be on a multiprocessor at a time, in eights.
-    programs = 3 if form == "fma" else gpu(capability).programs
-    return Program(SMALL_WARPS, min(65536 // (32 * SMALL_WARPS * programs) // 8 * 8, 248))
+    return Program(SMALL_WARPS, 168 if (form, rows, words) == ("fma", 1, 32) else None)
 
 
 def chunk_length(
