@@ -16,7 +16,6 @@ extensions = [
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_type_aliases = {"Tensor": "torch.Tensor"}
 napoleon_use_ivar = True
 copybutton_prompt_text = "$ "
 

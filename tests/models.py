@@ -20,6 +20,14 @@ SMALL = {
 }
 
 
+# Layers that can be cut in two: each part has some heads, and at least 64 outputs.
+CUTTABLE = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "vocab_size": 384,
+    "num_key_value_heads": 4,
+}
+
 # By family: transformers' config and model class, and what its config wants beside SMALL.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
@@ -53,13 +61,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: str, *, tied: bool, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_model(family: str, *, tied: bool, dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
     """A random model with large enough weights that greedy tokens vary."""
     import transformers
 
     torch.manual_seed(0)
     config_name, model_name, more = FAMILIES[family]
-    options = SMALL | more | {"tie_word_embeddings": tied, "initializer_range": 0.2}
+    options = SMALL | more | {"tie_word_embeddings": tied, "initializer_range": 0.2} | sizes
     config = getattr(transformers, config_name)(**options)
     return getattr(transformers, model_name)(config).to(dtype).eval()
 

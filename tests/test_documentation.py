@@ -32,8 +32,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORDS = " ".join(f"w{i}" for i in range(300))
 QUANTIZED = {"calibration", "choosing-bits", "distributed", "reliability"}  # when the page begins
-# Layers that can be cut in two.
-SIZES = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 384, "num_key_value_heads": 4}
 SHORT = {
     "generate.py": "--new-tokens 4",
     "chat.py": "--new-tokens 4",
@@ -51,11 +49,8 @@ def names(page: str, dense: Path) -> dict:
 
     import grinqh_ao
 
-    config, model_class, more = models.FAMILIES["llama"]
-    with pytest.MonkeyPatch.context() as patch:
-        if page == "distributed":
-            patch.setitem(models.FAMILIES, "llama", (config, model_class, more | SIZES))
-        model = models.tiny_model("llama", tied=True)
+    sizes = models.CUTTABLE if page == "distributed" else {}
+    model = models.tiny_model("llama", tied=True, **sizes)
     model.save_pretrained(dense)
     tokenizer = models.tiny_tokenizer(WORDS)
     tokenizer.save_pretrained(dense)

@@ -36,6 +36,10 @@ def store_compactly(weight: GrinqhTensor) -> None:
     weight.slices, weight.low = drop_low(weight.slices, kept)
 
 
+# A check and what it takes.
+Job = tuple[Callable[[Any], "list[Outcome]"], tuple[Any, ...]]
+
+
 class Outcome(NamedTuple):
     case: str
     dtype: str
@@ -110,21 +114,22 @@ def check_extremes(job: tuple[int, torch.dtype]) -> list[Outcome]:
     return [Outcome(case, str(dtype), error, wrong)]
 
 
-def check(job: tuple[Any, ...]) -> list[Outcome]:
-    """By the length of what a job says."""
-    return {4: check_decode, 3: check_dequantize, 2: check_extremes}[len(job)](job)
+def check(job: Job) -> list[Outcome]:
+    how, arguments = job
+    return how(arguments)
 
 
-def jobs() -> list[tuple[Any, ...]]:
+def jobs() -> list[Job]:
     """Every form of the kernels at several shapes; not every combination, each is compiled."""
     dtypes = list(TOLERANCE)
-    found: list[tuple[Any, ...]] = [(*shape, 1, torch.bfloat16) for shape in SHAPES]
+    found: list[Job] = [(check_decode, (*shape, 1, torch.bfloat16)) for shape in SHAPES]
     for i, shape in enumerate(SHAPES):
-        found.append((*shape, 1, (torch.float16, torch.float32)[i % 2]))
-        found += [(*shape, rows, dtypes[(i + rows) % 3]) for rows in (2, 5, 8)]
+        found.append((check_decode, (*shape, 1, (torch.float16, torch.float32)[i % 2])))
+        found += [(check_decode, (*shape, r, dtypes[(i + r) % 3])) for r in (2, 5, 8)]
     for i, dtype in enumerate(dtypes):
-        found += [(dtype, 2 + 2 * i, False), (dtype, 8 - 2 * i, True)]
-        found += [(n, dtype) for n in (128, 512)]  # without and with tensor cores
+        found.append((check_dequantize, (dtype, 2 + 2 * i, False)))
+        found.append((check_dequantize, (dtype, 8 - 2 * i, True)))
+        found += [(check_extremes, (n, dtype)) for n in (128, 512)]  # without, with tensor cores
     return found
 
 
