@@ -43,13 +43,13 @@ SECTIONS: list[tuple[str, Callable[[], object], int]] = [
     ("cuda_graphs", checks.cuda_graphs, 0),
     ("experts_correctness", experts.correctness, 0),
     ("experts_cuda_graphs", experts.cuda_graphs, 0),
-    ("compiled_generation", checks.compiled_generation, 60),
     ("kernels", kernels.speed, 60),
-    ("sweep", sweep.sweep, 30),
     ("fused_projections", kernels.fused_projections, 30),
     ("rows", kernels.rows, 30),
     ("experts", experts.speed, 30),
     ("llama_8b", models.llama, 90),
+    ("sweep", sweep.sweep, 30),
+    ("compiled_generation", checks.compiled_generation, 60),
     ("qwen3_8b", models.qwen3, 90),
 ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def draw(report: dict[str, Any], out: Path) -> None:
         if layer not in rows:
             continue
         times = rows[layer]
-        ours = {float(n.split()[1]): us for n, us in times.items() if n.startswith("grinqh")}
+        ours = {
+            float(n.split()[1]): us for n, us in times.items() if re.fullmatch("grinqh [0-9.]+", n)
+        }
         bits = sorted(ours)
         label = "x".join(map(str, layer))
         speedup = [times["bf16"] / ours[b] for b in bits]

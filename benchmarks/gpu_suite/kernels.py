@@ -49,6 +49,15 @@ def needed_bytes(n: int, k: int, bits: float) -> float:
     return n * k * (bits + active * 8 / 64) / 8
 
 
+def calibrated(weight: GrinqhTensor, x: torch.Tensor) -> GrinqhTensor:
+    """A copy with absolute thresholds, as calibration leaves them: no mean of |x| is needed."""
+    copy = weight.clone()
+    mean = (x.abs().float() * weight.sensitivity).mean()
+    copy.thresholds[0] = (weight.thresholds[1] * mean).clamp(max=torch.finfo(torch.float32).max)
+    copy.thresholds[1] = 0
+    return copy
+
+
 def linears(weights: list[torch.Tensor], x: torch.Tensor) -> list[Callable[[], object]]:
     return [lambda w=w: F.linear(x, w) for w in weights]
 
@@ -123,7 +132,9 @@ def speed() -> dict[str, object]:
         for bits in BITS:
             weight.set_bits(bits)  # clones keep their own thresholds
             number = timing.copies_for(needed_bytes(n, k, bits))
-            candidates[f"grinqh {bits:g}"] = linears(copies(weight, number), x)
+            candidates[f"grinqh {bits:g}"] = linears(copies(calibrated(weight, x), number), x)
+            if bits == 3:
+                candidates["grinqh 3, uncalibrated"] = linears(copies(weight, number), x)
         times = timing.compare(candidates)
         ideal_int4 = n * k * 4.125 / 8 / _measured["bytes_per_us"]
         row = {"shape": [n, k], "us": times, "ideal_int4_us": ideal_int4}

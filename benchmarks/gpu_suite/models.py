@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
 from gpu_suite import timing
@@ -54,10 +53,15 @@ def build(model_class: Any, config: Any) -> torch.nn.Module:
 @torch.no_grad()
 def measure(model_class: Any, config: Any) -> dict[str, Any]:
     rows: dict[str, float] = {}
+
+    def run(name: str) -> None:
+        rows[name] = tokens_per_second(model)
+        print(f"{name}: {rows[name]:.1f} tokens/s", flush=True)
+
     result: dict[str, Any] = {"tokens_per_second": rows}
 
     model = build(model_class, config)
-    rows["bf16"] = tokens_per_second(model)
+    run("bf16")
     begin = time.perf_counter()
     quantize_(model, GrinqhConfig(bits=3))
     timing.wait()
@@ -69,7 +73,7 @@ def measure(model_class: Any, config: Any) -> dict[str, Any]:
         torch._dynamo.reset()
         for bits in BITS:
             set_bits(model, bits)
-            rows[f"grinqh {bits}{', fused' if fused else ''}"] = tokens_per_second(model)
+            run(f"grinqh {bits}{', fused' if fused else ''}")
     del model
     torch.cuda.empty_cache()
 
@@ -77,10 +81,10 @@ def measure(model_class: Any, config: Any) -> dict[str, Any]:
     model = build(model_class, config)
     try:
         quantize_(model, Int4WeightOnlyConfig(128, int4_packing_format="tile_packed_to_4d"))
-        rows["torchao int4"] = tokens_per_second(model)
+        run("torchao int4")
     except Exception as error:  # not for this GPU
         result["torchao int4"] = f"{type(error).__name__}: {error}"[:300]
-    print(tabulate([rows], "keys", floatfmt=".1f"), result["quantize_seconds"], "s to quantize")
+    print(f"{result['quantize_seconds']:.1f} s to quantize")
     return result
 
 

@@ -15,7 +15,7 @@ from grinqh_ao.ops.triton import configurations, decode
 from grinqh_ao.ops.triton.arrivals import arrivals
 
 SHAPES = [(1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)]
-CHUNKS = configurations.SMALL_CHUNKS + configurations.LARGE_CHUNKS
+CHUNKS = configurations.CHUNKS
 
 
 def launches(
@@ -24,8 +24,8 @@ def launches(
     def launch(w: GrinqhTensor) -> list[torch.Tensor]:
         part = decode.Weight(w.slices, w.scales, w.vectors, None, w.low)
         counters = arrivals(len(w.slices), x.device)
-        capability, _ = decode.device_of(x.device.index)
-        return decode.launch(x, [part], w.levels, chunk, counters, capability)
+        gpu = decode.gpu_of(x.device.index)
+        return decode.launch(x, [part], w.levels, chunk, counters, gpu)
 
     return [lambda w=w: launch(w) for w in weights]
 
@@ -52,9 +52,7 @@ def sweep() -> list[dict[str, Any]]:
     for n, k in SHAPES:
         x = laplace(1, k).bfloat16()
         relative = GrinqhTensor.from_hp(torch.randn(n, k, device=timing.DEVICE).bfloat16(), 3)
-        absolute, nothing = relative.clone(), relative.clone()
-        absolute.thresholds[0] = relative.thresholds[1]  # the mean of |x| is about 1
-        absolute.thresholds[1] = 0
+        absolute, nothing = kernels.calibrated(relative, x), relative.clone()
         nothing.thresholds[0] = torch.finfo(torch.float32).max
         nothing.thresholds[1] = 0
         number = timing.copies_for(kernels.needed_bytes(n, k, 3))

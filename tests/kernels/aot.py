@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grinqh_ao.ops.triton import configurations, decode_fma, decode_mma, dequantize
+from grinqh_ao.ops.triton import configurations, decode, decode_fma, decode_mma, dequantize
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -46,15 +46,16 @@ DECODE = {
     "n": ("i32",),
     "tiles": ("i32",),
     "lines": ("i32",),
-    "entries": "*i64",
+    "memory": "*i8",
+    "entries": "*i8",
     "multipliers": "*fp32",
-    "warp_sums": "*fp32",
     "partial": "*fp32",
     "arrivals": "*i32",
     "rows": "i32",
     "k": "i32",
     "chunk": "i32",
     "capacity": "i32",
+    "size": "i32",
 }
 DEQUANTIZE = {
     "slices": "*i32",
@@ -67,7 +68,7 @@ DEQUANTIZE = {
     "lines": "i32",
 }
 # By 16; of the rest Triton knows at run time that it can be divided.
-INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity"}
+INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity", "size"}
 
 
 class Job(NamedTuple):
@@ -87,21 +88,24 @@ def decode_job(
     rows: int,
     words: int,
     capability: int,
-    block: int = 1024,
+    block: int | None = None,  # the longest
+    few: bool = False,
     mean_block: int = 4096,
     compact: bool = False,
     experts: bool = False,
 ) -> Job:
+    longest = configurations.LONGEST_CHUNKS[rows] if form == "mma" else configurations.CHUNKS[-1]
+    block = block or longest
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
-    how = configurations.program(form, rows, words, block, capability)
     constants = {
         "LEVELS": (0, 2, 4, 6, 8),
         "ROWS": rows,
         "WORDS": words,
         "BLOCK": block,
         "MEAN_BLOCK": mean_block,
-        "SPLITS_AT_ONCE": 8192 // (16 * words),
+        "SPLITS_AT_ONCE": decode.SPLITS_AT_ONCE,
+        "EARLY": capability >= configurations.LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
         "INTERPRET": False,
         "mean": None,
     } | ({} if compact else {"low": None})
@@ -110,11 +114,11 @@ def decode_job(
     else:
         constants["experts"] = None
     if form == "mma":
-        constants |= {"NUM_WARPS": how.warps}
+        constants |= {"FEW": few, "memory": None}
         lines = decode_mma.LINES.value
         entries = (2 * lines, 4 * lines)
     else:
-        channels = decode_fma.channels_per_step(words, rows) / how.warps
+        channels = decode_fma.channels_per_step(words, rows) / configurations.WARPS
         entries = (channels, 2 * channels)
     # A warp's entries; a pair is two slices of 16 * words weights, a single one.
     work = {
@@ -124,13 +128,14 @@ def decode_job(
     return Job(
         f"decode, {form}, rows {rows}, tile {16 * words}, chunks of {block}"
         + (", compact" if compact else "")
+        + (", few programs" if few else "")
         + (", experts" if experts else ""),
         kernel,
         {name: (DECODE | floats)[name] for name in kernel.arg_names if name in DECODE},
         constants,
         capability,
-        how.warps,
-        how.registers,
+        configurations.WARPS,
+        configurations.registers(capability, form, rows, words, few),
         work,
     )
 
@@ -161,7 +166,7 @@ def jobs() -> list[Job]:
         for capability in CAPABILITIES
         for job in (
             decode_job("mma", 1, 32, capability),
-            decode_job("mma", 1, 32, capability, block=256),
+            decode_job("mma", 1, 32, capability, block=256, few=True),
             decode_job("fma", 1, 32, capability),
             dequantize_job(4, 32, capability),
         )
@@ -226,7 +231,8 @@ def report(job: Job) -> dict[str, Any]:
             _count([i for i in instructions if start <= i[0] <= end])
             for start, end in _loops(instructions)
         ],
-        "mma_layouts": _mma_layouts(compiled.asm["ttgir"]),
+        "mma_layouts": _layouts(compiled.asm["ttgir"], "mma.sync"),
+        "vote_layouts": _layouts(compiled.asm["ttgir"], "vote.sync"),
     }
     if job.form.startswith("decode"):
         result["pairs"], result["singles"] = slice_loops(result)
@@ -279,7 +285,8 @@ def _count(instructions: list[tuple[int, str, str]]) -> dict[str, int]:
         "alu": sum(count for name, count in names.items() if ALU.fullmatch(name)),
         "mma": names["HMMA"],
         "fma": names["FFMA"] + 2 * names["FFMA2"],
-        "shared_memory": names["LDS"] + names["STS"] + names["SHFL"] + names["BAR"],
+        "shared_loads": names["LDS"],
+        "exchanges": names["STS"] + names["SHFL"] + names["BAR"],
         "spills": names["STL"] + names["LDL"],
         "flushing": sum(op.startswith("FFMA") and ".FTZ" in op for op in full),
         "loads_128_bit": sum(op.startswith("LDG") and ".128" in op for op in full),
@@ -288,11 +295,11 @@ def _count(instructions: list[tuple[int, str, str]]) -> dict[str, int]:
     }
 
 
-def _mma_layouts(ttgir: str) -> list[str]:
-    """The layouts, written out, of all operands of the instructions on tensor cores."""
+def _layouts(ttgir: str, instruction: str) -> list[str]:
+    """The layouts, written out, of all operands of lines with an instruction."""
     names = set()
     for line in ttgir.splitlines():
-        if "mma.sync" in line:
+        if instruction in line:
             names |= set(re.findall(r"tensor<[^>]*, (#\w+)>", line))
     return sorted(re.search(rf"^{name} = (.*)$", ttgir, re.M)[1] for name in names)
 

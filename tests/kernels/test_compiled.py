@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from grinqh_ao.grading import level_shares
-from grinqh_ao.ops.triton.configurations import GPUS, SMALL_WARPS
+from grinqh_ao.ops.triton.configurations import FEW_PROGRAMS, WARPS
 
 pytest.importorskip("triton")
 
@@ -54,27 +55,30 @@ def test_every_generation_compiles(reports):
         assert found == {80, 86, 89, 90, 100, 120}, form
 
 
-# Triton 3.6 leaves large programs some registers short.
-MOST_SPILLS = {"3.6": 8, "3.7": 0}
-
-
 @KNOWN
-def test_nothing_spills(reports):
+def test_hardly_anything_spills(reports):
+    """Most where four programs must fit (configurations.py), some by ptxas's own choice."""
     for report in reports:
-        assert report["all"]["spills"] <= MOST_SPILLS[VERSION], report
+        four = report["capability"] == 90 and "mma, rows 1, tile 512" in report["form"]
+        assert report["all"]["spills"] <= (8 if four else 4), report
+        assert all(loop["spills"] <= 1 for loop in report["loops"]), report
         assert report["local"] == 0, report
+
+
+# Of a multiprocessor, in KiB.
+SHARED_MEMORY = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 
 
 @KNOWN
 def test_programs_of_one_row_fit_on_a_multiprocessor(decoders):
-    """As many as the table of configurations counts on."""
+    """As many as configurations.py counts on."""
     for report in decoders:
-        if VERSION == "3.6" and "experts" in report["form"]:
-            continue  # one program less on an H100: it needs 172 registers
         if "mma, rows 1, tile 512" in report["form"]:
-            programs = GPUS[report["capability"]].programs * SMALL_WARPS // report["warps"]
-            registers = 8 * -(-report["registers"] // 8) * 32 * report["warps"]
+            four = report["capability"] in (80, 90) and "few" not in report["form"]
+            programs = 4 if four else math.ceil(FEW_PROGRAMS)
+            registers = 8 * -(-report["registers"] // 8) * 32 * WARPS
             assert programs * registers <= 1 << 16, report
+            assert programs * (report["shared"] + 1024) <= SHARED_MEMORY[report["capability"]] << 10
 
 
 @KNOWN
@@ -99,7 +103,9 @@ def test_words_are_loaded_in_vectors_and_stay_in_registers(decoders):
             one_row = "rows 1" in report["form"]
             if "tile 512" in report["form"] and (one_row or "mma" in report["form"]):
                 assert loop["loads_128_bit"] >= 2, report
-            assert loop["shared_memory"] == 0, report
+            assert loop["exchanges"] == 0, report
+            most = 0 if "fma" in report["form"] else 16 if one_row else 28
+            assert loop["shared_loads"] <= most, report
 
 
 def test_lanes_hold_the_fragments_that_tensor_cores_expect(decoders):
@@ -108,7 +114,15 @@ def test_lanes_hold_the_fragments_that_tensor_cores_expect(decoders):
         assert bool(report["mma_layouts"]) == ("mma" in report["form"])
         for layout in report["mma_layouts"]:
             of_threads = r"sizePerThread = \[1, [124]\], threadsPerWarp = \[32, 1\]"
-            assert re.search(of_threads + r", warpsPerCTA = \[[48], 1\]", layout), layout
+            assert re.search(of_threads + r", warpsPerCTA = \[4, 1\]", layout), layout
+
+
+def test_lanes_of_a_warp_vote_for_neighbouring_channels(decoders):
+    for report in decoders:
+        assert bool(report["vote_layouts"]) == ("mma" in report["form"])
+        for layout in report["vote_layouts"]:
+            expected = r"sizePerThread = \[1\], threadsPerWarp = \[32\], warpsPerCTA = \[4\]"
+            assert re.search(expected, layout), layout
 
 
 def test_subnormal_codes_are_not_flushed(decoders):

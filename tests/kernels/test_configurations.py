@@ -4,38 +4,50 @@ import pytest
 
 pytest.importorskip("triton")
 
-from grinqh_ao.ops.triton import configurations
-from grinqh_ao.ops.triton.configurations import chunk_length, program
+from grinqh_ao.ops.triton.configurations import (
+    CHUNKS,
+    LONGEST_CHUNKS,
+    PROGRAMS,
+    Gpu,
+    chunk_length,
+    compiled_rows,
+    few,
+)
+from grinqh_ao.ops.triton.decode_mma import memory_bytes
+
+H100 = Gpu(90, 132)
 
 
 @pytest.mark.parametrize(
-    ("tiles", "k", "chunk"),
+    ("tiles", "k", "chunk", "are_few"),
     [
-        (2, 4096, 128),
-        (8, 4096, 128),
-        (12, 4096, 128),
-        (28, 4096, 1024),
-        (56, 4096, 1024),
-        (8, 14336, 1024),  # more programs would each read all activations for their mean
-        (251, 4096, 1024),
+        (2, 4096, 128, True),
+        (8, 4096, 256, True),
+        (12, 4096, 256, True),
+        (28, 4096, 512, True),
+        (56, 4096, 512, False),
+        (8, 14336, 512, True),
+        (251, 4096, 512, False),
     ],
 )
-def test_what_sweeps_on_an_h100_led_to(tiles, k, chunk):
-    assert chunk_length(90, 132, tiles, k, "mma", 1) == chunk
+def test_what_sweeps_on_an_h100_led_to(tiles, k, chunk, are_few):
+    assert chunk_length(H100, tiles, k, "mma", 1) == chunk
+    assert few(H100, tiles * -(-k // chunk)) == are_few
 
 
-@pytest.mark.parametrize("capability", [*configurations.GPUS, 87, 121])
-@pytest.mark.parametrize(("form", "rows"), [("mma", 1), ("mma", 4), ("fma", 1), ("fma", 8)])
-def test_programs_fit_where_a_layer_lets_them(capability, form, rows):
-    for tiles in (1, 3, 8, 20):
-        for k in (1, 64, 700, 4096):
-            chunk = chunk_length(capability, 100, tiles, k, form, rows)
-            at_a_time = configurations.gpu(capability).programs
-            if program(form, rows, 32, chunk, capability).warps == configurations.LARGE_WARPS:
-                at_a_time /= 2
-            assert tiles * -(-k // chunk) <= 100 * at_a_time
+@pytest.mark.parametrize(("form", "rows"), [("mma", 1), ("mma", 3), ("mma", 8), ("fma", 8)])
+def test_short_chunks_are_for_layers_that_leave_a_gpu_room(form, rows):
+    for tiles in (1, 3, 8, 20, 400):
+        for k in (1, 64, 700, 4096, 100_000):
+            chunk = chunk_length(H100, tiles, k, form, rows)
+            assert chunk in CHUNKS
+            if chunk < 256:
+                assert tiles * -(-k // chunk) <= PROGRAMS * 132
 
 
-def test_the_next_lower_capability_is_taken():
-    assert configurations.gpu(87) == configurations.GPUS[86]
-    assert configurations.gpu(103) == configurations.GPUS[100]
+def test_lists_fit_into_shared_memory():
+    """48 KiB are there without asking, and Triton takes some for itself."""
+    for rows, block in LONGEST_CHUNKS.items():
+        assert memory_bytes((0, 2, 4, 6, 8), block, rows, 32) + block // 4 <= 44 << 10
+    assert [compiled_rows("mma", rows) for rows in range(1, 9)] == [1, 4, 4, 4, 8, 8, 8, 8]
+    assert [compiled_rows("fma", rows) for rows in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]

@@ -9,11 +9,13 @@ pytest.importorskip("triton")
 
 import plain
 from grinqh_ao import GrinqhTensor
+from grinqh_ao.ops.triton.configurations import Gpu
 from grinqh_ao.ops.triton.decode import Weight, launch
 from grinqh_ao.ops.triton.lists import SELECT
 from grinqh_ao.slices import drop_low
 from plain import absolute, laplace
 
+H100 = Gpu(90, 132)
 LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
 # Of the largest output. Tensor cores take activations times scales in float16.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -27,7 +29,9 @@ def decode_together(x, weights, biases, chunk=None, mean=None):
         for w, bias in zip(weights, biases, strict=True)
     ]
     chunk = chunk or x.shape[-1]
-    found = launch(x, arguments, weights[0].levels, chunk, counters, 90, mean=mean, interpret=True)
+    found = launch(
+        x, arguments, weights[0].levels, chunk, counters, H100, mean=mean, interpret=True
+    )
     assert not counters.any()  # as the next launch needs them
     return found
 
@@ -228,7 +232,7 @@ def test_experts(n, dtype):
     x = laplace(3, 40).to(dtype)
     arguments = Weight(stack.slices, stack.scales, stack.vectors, None, None)
     counters = torch.zeros(3 * stack.slices.shape[1], dtype=torch.int32)
-    (found,) = launch(x, [arguments], stack.levels, 25, counters, 90, experts, interpret=True)
+    (found,) = launch(x, [arguments], stack.levels, 25, counters, H100, experts, interpret=True)
     assert not counters.any()
     for row, y, expert in zip(x, found, experts, strict=True):
         assert torch.equal(y[None], decode(row[None], weights[expert], chunk=25))

@@ -53,18 +53,18 @@ def combine(
             row_scale += tl.load(experts + slot) * (row_scale_at(k) + outputs)
             to += slot * outputs
         scale = tl.load(row_scale + output, mask=inside, other=0)
+        sums = partial + tile * TILE
         for r in range(rows):
             total = tl.zeros((1, TILE), tl.float32)
             for start in range(0, splits, SPLITS_AT_ONCE):
-                split = (start + tl.arange(0, SPLITS_AT_ONCE))[:, None]
-                # Past the first level cache: other programs wrote these.
-                sums = tl.load(
-                    partial + (split * ROWS + r) * padded + tile * TILE + column,
-                    mask=split < splits,
-                    other=0,
-                    cache_modifier=".cg",
-                )
-                total += tl.sum(sums, 0, keep_dims=True)
+                for i in tl.static_range(SPLITS_AT_ONCE):
+                    # Past the first level cache: other programs wrote these.
+                    total += tl.load(
+                        sums + ((start + i) * ROWS + r) * padded + column,
+                        mask=(start + i < splits) & (column >= 0),
+                        other=0,
+                        cache_modifier=".cg",
+                    )
             total *= scale
             if bias is not None:
                 total += tl.load(pick(member, bias) + output, mask=inside, other=0).to(tl.float32)

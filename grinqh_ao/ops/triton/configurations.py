@@ -2,94 +2,72 @@
 
 A program reads one tile of outputs (512 for most layers) over a chunk of input channels. More
 programs keep more bytes in flight and start reading sooner; longer chunks waste less on lists,
-padding and sums.
+padding and sums. What is here was measured on an H100 (docs/kernel.md), for other GPUs it is a
+guess.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-SMALL_WARPS = 4
-LARGE_WARPS = 8
+WARPS = 4  # of a program
+# Channels per program, powers of two because a list is built from a block of such a size.
+CHUNKS = (128, 256, 512)
+# The same at most, by rows of the mma form as compiled: lists must fit into shared memory.
+LONGEST_CHUNKS = {1: 512, 4: 512, 8: 256}
+# On each multiprocessor, for which a chunk may be shorter than the longest.
+PROGRAMS = 1.5
+# The last program of a tile adds up the sums of all, and each program that needs the mean of a row
+# of activations reads all of it.
+MOST_SPLITS = 32
+# On each multiprocessor, up to which programs prefetch all along: others keep enough in flight.
+FEW_PROGRAMS = 2.5
+# Programmatic dependent launch: programs get ready while the kernel in front of theirs ends.
+LEAST_CAPABILITY_FOR_EARLY_LAUNCH = 90
 
 
 class Gpu(NamedTuple):
-    programs: int  # small ones on each multiprocessor at a time, at most
-    large_registers: int | None  # see Program
+    capability: int  # 10 * major + minor, 80 at least
+    multiprocessors: int
 
 
-# By compute capability; of one that is not here, the next lower one's. Programs are what fits, or
-# less where the memory's bandwidth and latency ask for fewer bytes in flight; of other forms and of
-# several rows two fit. 90 was looked at on a GPU (docs/kernel.md), the rest is modelled.
-GPUS = {
-    80: Gpu(3, 128),  # A100
-    86: Gpu(2, 168),  # RTX 30
-    89: Gpu(2, 168),  # RTX 40, L4, L40S
-    90: Gpu(3, 128),  # H100, H200
-    100: Gpu(3, 128),  # B200
-    120: Gpu(2, None),  # RTX 50
-}
-# Channels per program, powers of two because a list is built from a block of such a size; with
-# fewer a program is not worth its lists and its partial sum.
-SMALL_CHUNKS = (128, 256)
-LARGE_CHUNKS = (512, 1024)
-# The last program of a tile adds up the sums of all, and each program that needs the mean of a row
-# of activations reads all of it.
-MOST_SMALL_SPLITS = 32
-MOST_LARGE_SPLITS = 16
+def compiled_rows(form: str, rows: int) -> int:
+    """Kernels are compiled for 1, 2, 4 and 8 rows; mma's columns take four at least."""
+    power = 1 << (rows - 1).bit_length()
+    return 4 if (form, power) == ("mma", 2) else power
 
 
-class Program(NamedTuple):
-    """How a kernel is compiled."""
-
-    warps: int
-    registers: int | None  # per thread at most; None where the compiler's own choice is right
-
-
-def is_large(form: str, rows: int, block: int) -> bool:
-    """Whether a program has eight warps: of the mma form, with one row and long chunks."""
-    return (form, rows) == ("mma", 1) and block >= LARGE_CHUNKS[0]
-
-
-def gpu(capability: int) -> Gpu:
-    return GPUS[max(known for known in GPUS if known <= capability)]
-
-
-def program(form: str, rows: int, words: int, block: int, capability: int) -> Program:
-    """Limits of registers were found by compiling; the tests hold what comes of them.
+def chunk_length(gpu: Gpu, tiles: int, k: int, form: str, rows: int) -> int:
+    """Channels per program.
 
     Args:
-        form: of the kernel, mma or fma.
-        rows: of activations, as compiled.
-        words: of a line.
-        block: channels that a list is built from, a power of two.
-        capability: 10 * major + minor, 80 at least.
-    """
-    if is_large(form, rows, block):
-        return Program(LARGE_WARPS, gpu(capability).large_registers)
-    return Program(SMALL_WARPS, 168 if (form, rows, words) == ("fma", 1, 32) else None)
-
-
-def chunk_length(
-    capability: int, multiprocessors: int, tiles: int, k: int, form: str, rows: int
-) -> int:
-    """Channels per program: as few as all programs at a time allow.
-
-    Args:
-        capability: 10 * major + minor, 80 at least.
-        multiprocessors: of the GPU.
         tiles: of all weights in the launch.
         k: channels.
         form: of the kernel, mma or fma.
         rows: of activations.
     """
-    at_a_time = gpu(capability).programs
-    slots = multiprocessors * (at_a_time if (form, rows) == ("mma", 1) else min(at_a_time, 2))
-    for chunk in SMALL_CHUNKS + LARGE_CHUNKS:
+    longest = LONGEST_CHUNKS[compiled_rows(form, rows)] if form == "mma" else CHUNKS[-1]
+    for chunk in CHUNKS:
         splits = -(-k // chunk)
-        large = is_large(form, rows, chunk)
-        most_splits = MOST_LARGE_SPLITS if large else MOST_SMALL_SPLITS
-        size = LARGE_WARPS // SMALL_WARPS if large else 1
-        if splits <= most_splits and tiles * splits * size <= slots:
-            return chunk
-    return LARGE_CHUNKS[-1]
+        if splits <= MOST_SPLITS and tiles * splits <= PROGRAMS * gpu.multiprocessors:
+            return min(chunk, longest)
+    return longest
+
+
+def few(gpu: Gpu, programs: int) -> bool:
+    return programs <= FEW_PROGRAMS * gpu.multiprocessors
+
+
+def registers(capability: int, form: str, rows: int, words: int, few: bool) -> int | None:
+    """Per thread at most; None where the compiler's own choice is right.
+
+    Found by compiling; the tests hold what comes of them. Where bandwidth is high, a fourth program
+    on each multiprocessor is worth some spills outside of the loops.
+
+    Args:
+        rows: as compiled.
+        words: of a line.
+    """
+    if (form, rows, words) == ("mma", 1, 32) and capability in (80, 90) and not few:
+        return 128
+    return 168 if (form, rows, words) == ("fma", 1, 32) else None

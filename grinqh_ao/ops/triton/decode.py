@@ -18,23 +18,31 @@ import triton
 from torch import Tensor
 
 from grinqh_ao.ops.triton.arrivals import MOST_TILES, arrivals
-from grinqh_ao.ops.triton.configurations import chunk_length, program
+from grinqh_ao.ops.triton.configurations import (
+    LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
+    WARPS,
+    Gpu,
+    chunk_length,
+    compiled_rows,
+    few,
+    registers,
+)
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
-from grinqh_ao.ops.triton.decode_mma import LINES, decode_mma_kernel
-from grinqh_ao.ops.triton.lists import entry_words, lines_of_channel
+from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel, memory_bytes
+from grinqh_ao.ops.triton.lists import entry_bytes
 from grinqh_ao.vectors import outputs_of
 
 LARGEST_MEAN_BLOCK = 8192
-SUMS_AT_ONCE = 8192
+SPLITS_AT_ONCE = 16
 LEAST_CAPABILITY = 80
 MOST_ROWS = 8
 
 
 @functools.cache
-def device_of(index: int) -> tuple[int, int]:
-    """Compute capability, as 10 * major + minor, and number of multiprocessors."""
+def gpu_of(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    capability = 10 * properties.major + properties.minor
+    return Gpu(capability, properties.multi_processor_count)
 
 
 class Weight(NamedTuple):
@@ -51,7 +59,7 @@ def supports(x: Tensor, slices: Sequence[Tensor], lows: Sequence[Tensor | None])
     """Whether there is a kernel for these arguments."""
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and device_of(x.device.index)[0] >= LEAST_CAPABILITY
+        and gpu_of(x.device.index).capability >= LEAST_CAPABILITY
         and all(s.numel() > 0 for s in slices)
         and all(s[0].numel() < 2**30 for s in slices)  # offsets in bytes have 32 bits
         and len({s.shape[2] for s in slices}) == 1
@@ -66,13 +74,13 @@ def decode_linears(
     x: Tensor, weights: Sequence[Weight], levels: Sequence[int], mean: Tensor | None = None
 ) -> list[Tensor]:
     """See :func:`grinqh_ao.ops.oracle.decode_linears`. One launch."""
-    capability, multiprocessors = device_of(x.device.index)
+    gpu = gpu_of(x.device.index)
     tiles = sum(weight.slices.shape[0] for weight in weights)
     k, words = x.shape[-1], weights[0].slices.shape[2]
     form = form_of(x, words)
-    chunk = chunk_length(capability, multiprocessors, tiles, k, form, x.numel() // k)
+    chunk = chunk_length(gpu, tiles, k, form, x.numel() // k)
     counters = arrivals(tiles, x.device)
-    return launch(x, weights, levels, chunk, counters, capability, mean=mean)
+    return launch(x, weights, levels, chunk, counters, gpu, mean=mean)
 
 
 def supports_experts(x: Tensor, weights: Weight) -> bool:
@@ -87,12 +95,12 @@ def supports_experts(x: Tensor, weights: Weight) -> bool:
 
 def decode_experts(x: Tensor, experts: Tensor, weights: Weight, levels: Sequence[int]) -> Tensor:
     """See :func:`grinqh_ao.ops.oracle.decode_experts`. One launch."""
-    capability, multiprocessors = device_of(x.device.index)
+    gpu = gpu_of(x.device.index)
     slots, k = x.shape
     tiles, words = slots * weights.slices.shape[1], weights.slices.shape[3]
-    chunk = chunk_length(capability, multiprocessors, tiles, k, form_of(x, words), 1)
+    chunk = chunk_length(gpu, tiles, k, form_of(x, words), 1)
     counters = arrivals(tiles, x.device)
-    return launch(x, [weights], levels, chunk, counters, capability, experts)[0]
+    return launch(x, [weights], levels, chunk, counters, gpu, experts)[0]
 
 
 def form_of(x: Tensor, words: int) -> str:
@@ -105,7 +113,7 @@ def launch(
     levels: Sequence[int],
     chunk: int,
     counters: Tensor,
-    capability: int,
+    gpu: Gpu,
     experts: Tensor | None = None,
     mean: Tensor | None = None,
     interpret: bool = False,
@@ -122,21 +130,12 @@ def launch(
     slots = 1 if experts is None else len(experts)
     form = form_of(x, words)
     mma = form == "mma"
-    # Kernels are compiled for 1, 2, 4 and 8 rows; mma's columns take four at least.
-    compiled_rows = triton.next_power_of_2(rows)
-    if mma and compiled_rows == 2:
-        compiled_rows = 4
+    rows_compiled = compiled_rows(form, rows)
     tiles = tuple(weight.slices.shape[-3] for weight in weights)
     all_tiles, tile = sum(tiles), 16 * words
     splits = -(-k // chunk)
     programs = slots * splits * all_tiles
     block = triton.next_power_of_2(chunk)
-    how = program(form, compiled_rows, words, block, capability)
-    # Of a program, with padding, and what is loaded ahead of the last step.
-    if mma:
-        capacity = lines_of_channel(levels) * chunk + 16 * LINES.value * how.warps
-    else:
-        capacity = 3 * chunk + 2 * entries_at_once(words)
 
     def of_each(name: str) -> tuple[Tensor, ...]:
         return tuple(getattr(weight, name).contiguous() for weight in weights)
@@ -151,12 +150,16 @@ def launch(
         )
     out = tuple(x.new_empty(*x.shape[:-1], size) for size in n)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    entries = programs * capacity * entry_words(compiled_rows)
-    scratch = [torch.empty(entries, dtype=torch.int64, device=x.device)]
-    if mma:
-        scratch.append(floats(programs * how.warps * compiled_rows * tile))
-    else:
-        scratch.append(floats(programs * compiled_rows * (capacity + 1) * (words // 4)))
+    if mma:  # bytes of a program, which a GPU has on chip
+        capacity = memory_bytes(levels, block, rows_compiled, words)
+        scratch = [torch.empty(programs * capacity, dtype=torch.int8) if interpret else None]
+    else:  # entries of a program, with padding
+        capacity = 3 * chunk + 2 * entries_at_once(words)
+        entries = programs * capacity * entry_bytes(rows_compiled)
+        scratch = [torch.empty(entries, dtype=torch.int8, device=x.device)]
+        scratch.append(floats(programs * rows_compiled * (capacity + 1) * (words // 4)))
+    are_few = few(gpu, programs)
+    early = gpu.capability >= LEAST_CAPABILITY_FOR_EARLY_LAUNCH and not interpret
     kernel = decode_mma_kernel if mma else decode_fma_kernel
     kernel[(all_tiles, splits, slots)](
         x.contiguous(),
@@ -172,21 +175,23 @@ def launch(
         tiles,
         tuple(s.shape[-2] for s in slices),
         *scratch,
-        floats(programs * compiled_rows * tile),
+        floats(programs * rows_compiled * tile),
         counters,
         rows,
         k,
         chunk,
         capacity,
         LEVELS=tuple(levels),
-        ROWS=compiled_rows,
+        ROWS=rows_compiled,
         WORDS=words,
         BLOCK=block,
         MEAN_BLOCK=min(triton.next_power_of_2(k), LARGEST_MEAN_BLOCK),
-        SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SUMS_AT_ONCE // tile),
+        SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SPLITS_AT_ONCE),
+        EARLY=early,
         INTERPRET=interpret,
-        **({"NUM_WARPS": how.warps} if mma else {}),
-        num_warps=how.warps,
-        maxnreg=how.registers,
+        **({"FEW": are_few} if mma else {}),
+        num_warps=WARPS,
+        maxnreg=registers(gpu.capability, form, rows_compiled, words, are_few),
+        launch_pdl=early,
     )
     return list(out)

@@ -14,17 +14,18 @@ from grinqh_ao.ops.triton.combine import combine
 from grinqh_ao.ops.triton.lists import (
     build_lists,
     decode_scale,
-    entry_words,
+    entry_bytes,
     exponent_of_row,
     has_pairs,
     has_singles,
-    load_x,
     merge,
+    scale_codes_of,
     scaled,
-    scales_of,
     words_of,
+    x_of,
 )
 from grinqh_ao.ops.triton.members import pick, work_of_program
+from grinqh_ao.ops.triton.shared import load_byte, load_float, load_int
 
 # x is scaled to less than 2 ** (TOP + 1), so that products with subnormal codes are normal numbers.
 TOP = tl.constexpr(100)
@@ -71,12 +72,11 @@ def scale_entries(
     entry = tl.arange(0, AT_ONCE)[:, None]
     for start in range(0, count, AT_ONCE):
         position = start + entry
-        this = entries + position * entry_words(ROWS)
-        at = tl.load(this)
-        scale = decode_scale(tl.load(scales_of(this) + group))
+        this = entries + position * entry_bytes(ROWS)
+        scale = decode_scale(load_byte(scale_codes_of(this) + group, False))
         new = ()
         for r in tl.static_range(ROWS):
-            product = load_x(this, at, r, ROWS) * scale
+            product = load_float(x_of(this, r, ROWS), False) * scale
             tl.store(multiplier + (r * capacity + position) * GROUPS + group, product)
             new = new + (total[r] + product * MEAN,)
         total = new
@@ -147,7 +147,7 @@ def decode_fma_kernel(
     tiles,
     lines,  # of a tile
     # Of all:
-    entries,  # int64 [programs, capacity, entry_words(ROWS)], see lists.py
+    entries,  # int8 [programs, capacity, entry_bytes(ROWS)], see lists.py
     multipliers,  # float32 [programs, ROWS, capacity + 1, WORDS / 4]
     partial,  # float32 [splits, ROWS, all tiles * TILE]
     arrivals,  # int32 [all tiles]
@@ -161,8 +161,11 @@ def decode_fma_kernel(
     BLOCK: tl.constexpr,
     MEAN_BLOCK: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    if EARLY:  # launched while the kernel in front of this one ends; nothing is read before
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
@@ -172,7 +175,7 @@ def decode_fma_kernel(
     )
     TILE: tl.constexpr = 16 * WORDS
     GROUPS: tl.constexpr = WORDS // 4
-    ENTRY: tl.constexpr = entry_words(ROWS)
+    ENTRY: tl.constexpr = entry_bytes(ROWS)
     STEP: tl.constexpr = channels_per_step(WORDS, ROWS)
     PADDING: tl.constexpr = entries_at_once(WORDS)
 
@@ -183,9 +186,9 @@ def decode_fma_kernel(
     to_single = 2 * chunk + PADDING
     single_entries = entries + to_single * ENTRY
     num_pairs, num_singles, exponents = build_lists(
-        x, slices, scales, this, None if low is None else pick(member, low), mean, entries,
+        x, slices, scales, this, None if low is None else pick(member, low), mean, entries, None,
         to_single, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, None, PADDING,
-        TOP, 0, INTERPRET,
+        TOP, False,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -215,7 +218,7 @@ def decode_fma_kernel(
         acc = acc + (tl.zeros((STEP, WORDS), tl.float32),)
     if has_pairs(LEVELS):
         for start in range(0, num_pairs, STEP):
-            at = tl.load(entries + (start + lane) * ENTRY)
+            at = load_int(entries + (start + lane) * ENTRY, False)
             even, odd = merge(
                 tl.load(words_of(slices, at, WORDS) + word),
                 tl.load(words_of(lower_slices, at, WORDS) + word),
@@ -227,8 +230,8 @@ def decode_fma_kernel(
     if has_singles(LEVELS):
         for start in range(0, num_singles, 2 * STEP):  # as many words in flight as with pairs
             entry = start + lane
-            at0 = tl.load(single_entries + entry * ENTRY)
-            at1 = tl.load(single_entries + (entry + STEP) * ENTRY)
+            at0 = load_int(single_entries + entry * ENTRY, False)
+            at1 = load_int(single_entries + (entry + STEP) * ENTRY, False)
             words0 = tl.load(words_of(slices, at0, WORDS) + word)
             words1 = tl.load(words_of(slices, at1, WORDS) + word)
             multiplier = multipliers + (to_single + entry) * GROUPS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grinqh_ao.ops.triton import configurations
 from grinqh_ao.ops.triton.combine import combine
 from grinqh_ao.ops.triton.fragments import (
     accumulate,
@@ -19,60 +20,88 @@ from grinqh_ao.ops.triton.fragments import (
 from grinqh_ao.ops.triton.lists import (
     build_lists,
     decode_scale,
-    entry_words,
+    entries_of_channel,
+    entry_bytes,
     exponent_of_row,
     has_pairs,
     has_singles,
-    load_x,
     merge,
     prefetch,
     row_scale_at,
+    scale_codes_of,
     scaled,
-    scales_of,
     words_of,
+    x_of,
 )
 from grinqh_ao.ops.triton.members import pick, work_of_program
+from grinqh_ao.ops.triton.shared import (
+    allocate,
+    load_byte,
+    load_float,
+    load_int,
+    store_vectors,
+)
 
 # x is scaled to less than 2 ** (TOP + 1): products with scales and gains, at most 1, stay finite.
 TOP = tl.constexpr(14)
 # That a lane reads in a step; a pair has two.
 LINES = tl.constexpr(4)
-# Of what a program reads first, brought into the L2 cache while it writes its lists.
-PREFETCHED_STEPS = tl.constexpr(2)
+WARPS = tl.constexpr(configurations.WARPS)
+# Entries of a step of a program.
+PAIRS = tl.constexpr(2 * LINES.value * WARPS.value)
+SINGLES = tl.constexpr(2 * PAIRS.value)
+# Behind the singles, to a whole step, and one more that is loaded in vain.
+PADDING = tl.constexpr(2 * SINGLES.value)
+
+
+@triton.constexpr_function
+def memory_bytes(levels, block, rows, words):
+    """Of a program on chip: its lists, later its warps' sums, of four rows at a time."""
+    entries = entries_of_channel(levels) * block + PAIRS.value + PADDING.value
+    sums = WARPS.value * (1 if rows == 1 else 4) * 16 * words
+    return max(entries * entry_bytes(rows), 4 * sums)
 
 
 @triton.jit
-def load_entries(entry, row, group, WORDS: tl.constexpr, ROWS: tl.constexpr):
-    """Of a lane's lines, 4 entries apart: places, the lane's row of x, and scale codes.
+def entry_of_line(entry, i: tl.constexpr, pairs, ROWS: tl.constexpr):
+    """Of a lane's line i, of LINES. Its entries are 4 apart; pairs have one for two lines."""
+    return entry + 4 * entry_bytes(ROWS) * tl.where(pairs, i // 2, i)
 
-    x comes as tuples of blocks of four rows. Scale codes are one, of the lane's column's group,
-    with one row, else those of four groups.
-    """
-    ats = ()
-    xs = ()
-    scales = ()
+
+@triton.jit
+def load_places(entry, pairs, WORDS: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr):
+    """Where a lane's lines are; of pairs, the lower line lies behind the upper one."""
+    places = ()
     for i in tl.static_range(LINES):
-        this = entry + 4 * i * entry_words(ROWS)
-        at = tl.load(this)
-        x = ()
-        for block in tl.static_range((ROWS + 3) // 4):
-            x = x + (load_x(this, at, 4 * block + row, ROWS),)
-        codes = ()
-        for j in tl.static_range(1 if ROWS == 1 else 4):
-            codes = codes + (tl.load(scales_of(this) + group + 2 * j * WORDS // 64),)
-        ats = ats + (at,)
-        xs = xs + (x,)
-        scales = scales + (codes,)
-    return ats, xs, scales
+        place = load_int(entry_of_line(entry, i, pairs, ROWS), SHARED)
+        places = places + (place + tl.where(pairs, i % 2 * (4 * WORDS), 0),)
+    return places
 
 
 @triton.jit
-def load_words(words, ats, WORDS: tl.constexpr):
+def load_words(words, places, WORDS: tl.constexpr, FEW: tl.constexpr):
     v = tl.arange(0, WORDS // 8)[None, :]
+    # Large layers fill the L2 cache with what is read once.
+    POLICY: tl.constexpr = "" if FEW else "evict_first"
     new = ()
-    for i in tl.static_range(len(ats)):
-        new = new + (tl.load(words_of(words, ats[i], WORDS) + v),)
+    for i in tl.static_range(len(places)):
+        new = new + (tl.load(words_of(words, places[i], WORDS) + v, eviction_policy=POLICY),)
     return new
+
+
+@triton.jit
+def prefetch_step(
+    words, pair, single, step, pairs_left, steps_left, g, mask, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Asks for a warp's lines of a step, one for each lane; steps are counted from the entries."""
+    i = g % 4
+    of_pair = pair + (PAIRS * step + i // 2 * 4) * entry_bytes(ROWS)
+    of_single = single + (SINGLES * (step - pairs_left) + i * 4) * entry_bytes(ROWS)
+    mask = mask & (step < steps_left)
+    entry = tl.where(mask, tl.where(step < pairs_left, of_pair, of_single), pair)
+    place = load_int(entry, SHARED) + tl.where(step < pairs_left, i % 2 * (4 * WORDS), 0)
+    prefetch(words_of(words, place, WORDS).to(tl.int64), mask)
 
 
 @triton.jit
@@ -83,49 +112,82 @@ def multiplier(x, scale_code, shift):
 
 
 @triton.jit
-def multipliers(xs, codes, shift, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
-    """B registers of one channel per lane: one, or one for every j and block of rows."""
+def multipliers(
+    entry, row, group, shift, WORDS: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr
+):
+    """B registers of a lane's channel: one, or one for every j and block of four rows.
+
+    With one row, of the lane's column's group, else of four groups.
+    """
     bs = ()
     for j in tl.static_range(1 if ROWS == 1 else 4):
-        for block in tl.static_range(BLOCKS):
-            bs = bs + (multiplier(xs[block], codes[j], shift),)
+        code = load_byte(scale_codes_of(entry) + group + 2 * j * WORDS // 64, SHARED)
+        for block in tl.static_range((ROWS + 3) // 4):
+            x = load_float(x_of(entry, 4 * block + row, ROWS), SHARED)
+            bs = bs + (multiplier(x, code, shift),)
     return bs
 
 
 @triton.jit
+def turned(word, t, WORDS: tl.constexpr):
+    """Where lanes t put a word of a line, so that they do not get in each other's way."""
+    V: tl.constexpr = WORDS // 8
+    return (word + 2 * t * V) % WORDS
+
+
+@triton.jit
 def store_sums(
-    to,  # float32 [warps, ROWS, TILE]
+    to,  # address of float32 [warps, 1 or 4 rows, TILE]
     acc,
     sums,
+    block: tl.constexpr,  # of four rows
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
-    """Writes down what each warp has summed up, outputs in their order."""
+    """Writes down what each warp has summed up, lines ``turned``."""
     V: tl.constexpr = WORDS // 8
     thread = tl.arange(0, acc[0].shape[0])[:, None]
     t = thread % 4
-    to += (thread // 32) * (ROWS * 16 * WORDS)
-    word = (thread // 4 % 8) * V + tl.arange(0, V)[None, :]
+    word = turned(thread // 4 % 8 * V + tl.arange(0, V)[None, :], t, WORDS)
+    to += (thread // 32) * ((1 if ROWS == 1 else 4) * 64 * WORDS) + 4 * word
     if ROWS == 1:
         # Column 2 t + c belongs to mma 2 (t % 2) + c, of lower fields if t < 2, else of upper.
         even = t % 2 == 0
         for i in tl.static_range(4):
-            here = acc[4 * (i % 2) + i] * single_unit(2 * (i % 2) + i // 2)
-            there = acc[4 * (i % 2) + 8 + i] * single_unit(2 * (i % 2) + i // 2 + 4)
-            value = tl.where(even, here, there) - sums[i % 2]
+            value = tl.where(even, acc[4 * (i % 2) + i], acc[4 * (i % 2) + 8 + i])
+            here = single_unit(2 * (i % 2) + i // 2)
+            there = single_unit(2 * (i % 2) + i // 2 + 4)
+            value = value * tl.where(even, here, there) - sums[i % 2]
             field = 4 * (t % 2) + 2 * (i % 2) + i // 2 + 8 * (t // 2)
-            tl.store(to + field * WORDS + word, value)
+            store_vectors(to + field * (4 * WORDS), value, SHARED)
     else:
         for j in tl.static_range(4):
-            for block in tl.static_range(BLOCKS):
-                c = four_of(acc, j * BLOCKS + block)
-                for i in tl.static_range(4):
-                    value = c[i] * single_unit(2 * j + i // 2)
-                    value = value - sums[2 * (j * BLOCKS + block) + i % 2]
-                    row = 4 * block + 2 * (t % 2) + i % 2
-                    field = 2 * j + i // 2 + 8 * (t // 2)
-                    tl.store(to + row * (16 * WORDS) + field * WORDS + word, value)
+            c = four_of(acc, j * BLOCKS + block)
+            for i in tl.static_range(4):
+                value = c[i] * single_unit(2 * j + i // 2)
+                value = value - sums[2 * (j * BLOCKS + block) + i % 2]
+                row = 2 * (t % 2) + i % 2
+                field = 2 * j + i // 2 + 8 * (t // 2)
+                store_vectors(to + (row * 16 + field) * (4 * WORDS), value, SHARED)
+
+
+@triton.jit
+def sum_of_warps(
+    sums, row, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """float32 [1, TILE] of a row, of four, out of what ``store_sums`` has written."""
+    output = tl.arange(0, 16 * WORDS)[None, :]
+    field = output // WORDS
+    half = field // 4 % 2 if ROWS == 1 else row // 2
+    word = turned(output % WORDS, half + 2 * (field // 8), WORDS)
+    from_ = sums + ((row * 16 + field) * WORDS + word) * 4
+    total = tl.zeros((1, 16 * WORDS), tl.float32)
+    for w in tl.static_range(WARPS):
+        total += load_float(from_ + w * ((1 if ROWS == 1 else 4) * 64 * WORDS), SHARED)
+    return total
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -144,23 +206,25 @@ def decode_mma_kernel(
     tiles,
     lines,  # of a tile
     # Of all:
-    entries,  # int64 [programs, capacity, entry_words(ROWS)], see lists.py
-    warp_sums,  # float32 [programs, NUM_WARPS, ROWS, TILE]
+    memory,  # int8 [programs, size] where there is no shared memory, else None
     partial,  # float32 [splits, ROWS, all tiles * TILE]
     arrivals,  # int32 [all tiles]
     rows,
     k,
     chunk,
-    capacity,
+    size,
     LEVELS: tl.constexpr,
     ROWS: tl.constexpr,  # 1, 4 or 8
     WORDS: tl.constexpr,  # 32 or 16
     BLOCK: tl.constexpr,
     MEAN_BLOCK: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
+    FEW: tl.constexpr,  # programs on a multiprocessor: lines are prefetched further ahead
+    EARLY: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    if EARLY:  # launched while the kernel in front of this one ends; nothing is read before
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
@@ -168,26 +232,28 @@ def decode_mma_kernel(
     member, tile_of_weight, program, x, slices, scales, this = work_of_program(
         x, slices, scales, vectors, experts, n, tiles, lines, k, WORDS
     )
-    STEP: tl.constexpr = 4 * LINES * NUM_WARPS  # entries
-    PADDING: tl.constexpr = 2 * STEP  # to whole steps, and one that is loaded in vain
-    ENTRY: tl.constexpr = entry_words(ROWS)
-    THREADS: tl.constexpr = 32 * NUM_WARPS
+    ENTRY: tl.constexpr = entry_bytes(ROWS)
+    THREADS: tl.constexpr = 32 * WARPS
     AHEAD: tl.constexpr = ROWS < 8
     BLOCKS: tl.constexpr = (ROWS + 3) // 4
     V: tl.constexpr = WORDS // 8
     TILE: tl.constexpr = 16 * WORDS
-
+    SHARED: tl.constexpr = memory is None
+    COUNTS: tl.constexpr = memory_bytes(LEVELS, BLOCK, ROWS, WORDS)
+    if SHARED:
+        memory = allocate(COUNTS + BLOCK // 4)
+    else:
+        memory += program * size
     if not INTERPRET:  # they are read at the very end
         line = tl.arange(0, TILE // 32)
         address = (this + row_scale_at(k) + tile_of_weight * TILE).to(tl.int64)
         prefetch(address + 128 * line, tile_of_weight * TILE + 32 * line < pick(member, n))
     first = split * chunk
     last = tl.minimum(first + chunk, k)
-    entries += program * capacity * ENTRY
     num_pairs, num_singles, exponents = build_lists(
-        x, slices, scales, this, None if low is None else pick(member, low), mean, entries, None,
-        first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, STEP, PADDING,
-        TOP, PREFETCHED_STEPS * STEP, INTERPRET,
+        x, slices, scales, this, None if low is None else pick(member, low), mean, memory,
+        memory + COUNTS, None, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PAIRS,
+        PADDING, TOP, SHARED,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -214,45 +280,60 @@ def decode_mma_kernel(
         sums = sums + (tl.zeros((THREADS, 1), tl.float32),)
 
     # A step reads four lines per lane: pairs first, then singles. They are loaded one step
-    # ahead, and the entries that say where they are another one. Eight rows leave no registers for
-    # that.
-    entry = entries + (warp * (4 * LINES) + t) * ENTRY
-    at, x, scale = load_entries(entry, row, group, WORDS, ROWS)
-    words = load_words(lane_words, at, WORDS)
-    entry += STEP * ENTRY
-    next_at, next_x, next_scale = load_entries(entry, row, group, WORDS, ROWS)
+    # ahead. Eight rows leave no registers for that.
+    pair_steps = (num_pairs + (PAIRS - 1)) // PAIRS
+    pair = memory + (warp * (2 * LINES) + t) * ENTRY
+    single = memory + (pair_steps * PAIRS + warp * (4 * LINES) + t) * ENTRY
+    more = num_pairs > 0
+    places = load_places(tl.where(more, pair, single), more, WORDS, ROWS, SHARED)
+    words = load_words(lane_words, places, WORDS, FEW)
+    steps_left = pair_steps + (num_singles + (SINGLES - 1)) // SINGLES
+    if not INTERPRET:  # the second step and the third
+        prefetch_step(
+            lane_words, pair, single, 1 + g // 4, pair_steps, steps_left, g, True,
+            WORDS, ROWS, SHARED,
+        )  # fmt: skip
     if has_pairs(LEVELS):
-        for _ in range(0, num_pairs, STEP // 2):
+        for start in range(0, num_pairs, PAIRS):
             if not AHEAD:
-                words = load_words(lane_words, at, WORDS)
+                words = load_words(lane_words, places, WORDS, FEW)
             b = ()
             nibbles = ()
             for i in tl.static_range(0, LINES, 2):
-                b = b + (multipliers(x[i], scale[i], shift, BLOCKS, ROWS),)
+                entry = entry_of_line(pair, i, True, ROWS)
+                b = b + (multipliers(entry, row, group, shift, WORDS, ROWS, SHARED),)
                 nibbles = nibbles + (merge(words[i], words[i + 1], INTERPRET),)
-            at = next_at
-            x = next_x
-            scale = next_scale
-            entry += STEP * ENTRY
-            next_at, next_x, next_scale = load_entries(entry, row, group, WORDS, ROWS)
+            pair += PAIRS * ENTRY
+            more = start + PAIRS < num_pairs
+            places = load_places(tl.where(more, pair, single), more, WORDS, ROWS, SHARED)
+            steps_left -= 1
+            pair_steps -= 1
+            if FEW and not INTERPRET:
+                prefetch_step(
+                    lane_words, pair, single, 2, pair_steps, steps_left, g, g < 4,
+                    WORDS, ROWS, SHARED,
+                )  # fmt: skip
             if AHEAD:
-                words = load_words(lane_words, at, WORDS)
+                words = load_words(lane_words, places, WORDS, FEW)
             acc, sums = accumulate(
                 acc, sums, nibbles[0], nibbles[1], b[0], b[1], True, BLOCKS, ROWS, INTERPRET
             )
         acc = pairs_to_singles(acc, BLOCKS)
     if has_singles(LEVELS):
-        for _ in range(0, num_singles, STEP):
+        for _ in range(0, num_singles, SINGLES):
             if not AHEAD:
-                words = load_words(lane_words, at, WORDS)
+                words = load_words(lane_words, places, WORDS, FEW)
             b = ()
             for i in tl.static_range(LINES):
-                b = b + (multipliers(x[i], scale[i], shift, BLOCKS, ROWS),)
-            at = next_at
-            x = next_x
-            scale = next_scale
-            entry += STEP * ENTRY
-            next_at, next_x, next_scale = load_entries(entry, row, group, WORDS, ROWS)
+                entry = entry_of_line(single, i, False, ROWS)
+                b = b + (multipliers(entry, row, group, shift, WORDS, ROWS, SHARED),)
+            single += SINGLES * ENTRY
+            places = load_places(single, False, WORDS, ROWS, SHARED)
+            steps_left -= 1
+            if FEW and not INTERPRET:
+                prefetch_step(
+                    lane_words, pair, single, 2, 0, steps_left, g, g < 4, WORDS, ROWS, SHARED
+                )  # fmt: skip
             for i in tl.static_range(0, LINES, 2):
                 words0 = (words[i], words[i])
                 words1 = (words[i + 1], words[i + 1])
@@ -260,24 +341,23 @@ def decode_mma_kernel(
                     acc, sums, words0, words1, b[i], b[i + 1], False, BLOCKS, ROWS, INTERPRET
                 )
             if AHEAD:
-                words = load_words(lane_words, at, WORDS)
+                words = load_words(lane_words, places, WORDS, FEW)
 
-    # Warps have summed up channels of their own. A reduction would go through shared memory too,
-    # but element by element.
-    warp_sums += program * (NUM_WARPS * ROWS * TILE)
-    store_sums(warp_sums, acc, sums, WORDS, ROWS, BLOCKS)
-    tl.debug_barrier()
-    output = tl.arange(0, TILE)[None, :]
+    # Warps have summed up channels of their own; the lists make room for their sums.
     if experts is not None:
         partial += tl.program_id(2).to(tl.int64) * splits * ROWS * all_tiles * TILE
         arrivals += tl.program_id(2) * all_tiles
     partial_tile = partial + ((split * ROWS).to(tl.int64) * all_tiles + tile) * TILE
-    for r in range(ROWS):
-        total = tl.zeros((1, TILE), tl.float32)
-        for w in tl.static_range(NUM_WARPS):
-            total += tl.load(warp_sums + (w * ROWS + r) * TILE + output)
-        exponent = exponent_of_row(exponents, r, ROWS)
-        tl.store(partial_tile + r * all_tiles * TILE + output, scaled(total, -exponent))
+    output = tl.arange(0, TILE)[None, :]
+    for block in tl.static_range(BLOCKS):
+        tl.debug_barrier()
+        store_sums(memory, acc, sums, block, WORDS, ROWS, BLOCKS, SHARED)
+        tl.debug_barrier()
+        for r in range(1 if ROWS == 1 else 4):
+            total = sum_of_warps(memory, r, WORDS, ROWS, SHARED)
+            exponent = exponent_of_row(exponents, 4 * block + r, ROWS)
+            to = partial_tile + (4 * block + r) * all_tiles * TILE + output
+            tl.store(to, scaled(total, -exponent))
     combine(
         partial, arrivals, vectors, bias, experts, out, n, member, tile, tile_of_weight, splits,
         rows, k, all_tiles * TILE, TILE, ROWS, SPLITS_AT_ONCE,

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 
 from grinqh_ao import vectors as layout
+from grinqh_ao.ops.triton.ranks import rank
+from grinqh_ao.ops.triton.shared import store_16_bytes, store_float
 from grinqh_ao.slices import HIGH_SLICES
 
 # A scale code c stands for 2 ** ((c - 255) / 16), and 0 for 0: see codec.decode_scales.
@@ -31,6 +33,8 @@ SELECT = tl.constexpr("lop3.b32 $0, $1, $2, 0x33333333, 0xd8;")
 PREFETCH_LINE = tl.constexpr(
     "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}"
 )
+# Of a chunk, whose lines are asked for before there are lists.
+EARLY_CHANNELS = tl.constexpr(64)
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 GAINS_AT = tl.constexpr(layout.GAINS_AT)
 SENSITIVITY_AT = tl.constexpr(layout.SENSITIVITY_AT)
@@ -101,10 +105,14 @@ def scaled(value, exponent):
 
 
 @triton.jit
-def exponent_for(x, TOP: tl.constexpr):
-    """Of the power of two that brings the largest finite element to 2 ** TOP or up to twice it."""
+def finite_magnitude(x):
     magnitude = tl.abs(x)
-    largest = tl.max(tl.where(magnitude <= FLOAT32_MAX, magnitude, 0.0), 0)
+    return tl.where(magnitude <= FLOAT32_MAX, magnitude, 0.0)
+
+
+@triton.jit
+def exponent_for(largest, TOP: tl.constexpr):
+    """Of the power of two that brings a magnitude to 2 ** TOP or up to twice it."""
     return TOP + 127 - (largest.to(tl.int32, bitcast=True) >> 23)  # TOP + 127 if subnormal or zero
 
 
@@ -114,52 +122,41 @@ def exponent_of_row(exponents, row, ROWS: tl.constexpr):
 
 
 @triton.constexpr_function
-def entry_words(rows):
-    """int64 of an entry: where its words are, its scales, and x of every row, one of which fits
-    beside the first."""
-    return 2 if rows == 1 else 2 + rows
+def entry_bytes(rows):
+    """Where its words are, x, all scale codes; several rows have their x behind that."""
+    return 16 if rows == 1 else 16 + 4 * rows
+
+
+@triton.constexpr_function
+def entries_of_channel(levels):
+    """At most, of both lists."""
+    return max(level // 4 + level // 2 % 2 for level in levels)
+
+
+@triton.jit
+def x_of(entry, row, ROWS: tl.constexpr):
+    """Where an entry has a row's x."""
+    return entry + 4 if ROWS == 1 else entry + 16 + 4 * row
+
+
+@triton.jit
+def scale_codes_of(entry):
+    """Where the first of an entry's scale codes is, a byte each."""
+    return entry + 8
 
 
 @triton.jit
 def place_of(line, WORDS: tl.constexpr):
-    """Where a line is, in bytes."""
-    return line.to(tl.int64) * (4 * WORDS)
+    """Where a line is, in bytes from the beginning of a tile; unsigned, though in an int32."""
+    return (line.to(tl.uint32) * (4 * WORDS)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def bits_of(value):
-    return value.to(tl.int32, bitcast=True).to(tl.int64)
-
-
-@triton.jit
-def value_of(bits):
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def words_of(words, entry, WORDS: tl.constexpr):
-    """Pointers to the words of entries; unsigned bytes are added with the fewest instructions."""
-    offset = tl.multiple_of(entry & 0xFFFFFFFF, [4 * WORDS] * len(entry.shape))
+def words_of(words, place, WORDS: tl.constexpr):
+    """Pointers to the words of lines; unsigned bytes are added with the fewest instructions."""
+    offset = place.to(tl.uint32, bitcast=True).to(tl.int64)
+    offset = tl.multiple_of(offset, [4 * WORDS] * len(place.shape))
     return (words.to(tl.pointer_type(tl.int8)) + offset).to(tl.pointer_type(tl.int32))
-
-
-@triton.jit
-def scales_of(entry):
-    """Pointers to the first scale code of entries."""
-    return (entry + 1).to(tl.pointer_type(tl.uint8))
-
-
-@triton.jit
-def store_entry(entry, at, x, scale_codes, mask):
-    """With one row: all of an entry at once."""
-    both = tl.join(at | (bits_of(x) << 32), scale_codes)
-    tl.store(entry[:, None] + tl.arange(0, 2)[None, :], both, mask=mask[:, None])
-
-
-@triton.jit
-def load_x(entry, at, row, ROWS: tl.constexpr):
-    """What codes are multiplied with in a row, of entries whose first word is ``at``."""
-    return value_of(at >> 32) if ROWS == 1 else value_of(tl.load(entry + 2 + row))
 
 
 @triton.jit
@@ -184,27 +181,26 @@ def prefetch(address, mask):
     )
 
 
-@triton.constexpr_function
-def lines_of_channel(levels):
-    """At most, where each line of a pair has an entry."""
-    return max(levels) // 2
-
-
 @triton.jit
-def slot_of(pair, STEP: tl.constexpr):
-    """Where the entry of a pair is among entries, that of its upper line if both have one."""
-    return pair if STEP is None else 2 * pair - pair % 4
+def store_nothing(entry, mask, ROWS: tl.constexpr, SHARED: tl.constexpr):
+    """The first line, times zero."""
+    zero = tl.zeros_like(mask.to(tl.int32))
+    store_16_bytes(entry, zero, zero.to(tl.float32), zero.to(tl.int64), mask, SHARED)
+    if ROWS > 1:
+        for r in tl.static_range(ROWS):
+            store_float(x_of(entry, r, ROWS), zero.to(tl.float32), mask, SHARED)
 
 
 @triton.jit
 def build_lists(
     x,  # [rows, k]
     words,  # int32 [lines, WORDS], of the tile
-    scales,  # uint8 [k, WORDS / 4]
+    scales,  # uint8 [k, WORDS / 4], of the tile
     vectors,  # float32 [L], see vectors.py
     low,  # int32 [k] in compact storage, else None
     known_mean,  # float32 [rows] where x is a part of a row, else None
-    entries,  # int64 [capacity, entry_words(ROWS)]
+    entries,  # address of [capacity] entries, see shared.py
+    counts,  # address of 8 bytes for each 32 channels, if SHARED
     to_singles,  # entries before the list of singles, if STEP is None
     first,  # channels first .. last - 1
     last,
@@ -215,24 +211,20 @@ def build_lists(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # at least last - first
     MEAN_BLOCK: tl.constexpr,
-    STEP: tl.constexpr,  # entries of the loops' steps, or None
+    STEP: tl.constexpr,  # pairs of a step, or None
     PADDING: tl.constexpr,  # entries that multiply with zero behind the last one
     TOP: tl.constexpr,  # of each row, this chunk is scaled to less than 2 ** (TOP + 1)
-    PREFETCHED: tl.constexpr,  # the first entries of either list whose lines are prefetched
-    INTERPRET: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Returns the lengths of both lists and, for ``exponent_of_row``, the powers of two.
 
-    With a STEP there is an entry per line, and singles begin at the first step that has no pairs:
-    a loop over steps goes through both lists. Of eight entries of pairs, four are upper lines and
-    four the lower ones; these have no scales and no x.
+    With a STEP, singles begin behind the last step of pairs, which is filled up.
 
-    An entry is int64 [entry_words(ROWS)]: where its words are, in bytes from the beginning of a
-    tile, unsigned; the scale codes of its channel, a byte each; then for every row of x what the
-    codes are multiplied with, but for the scale, as float32 bits. One row has no word of its own,
-    it is in the upper half of the first one.
+    An entry has ``entry_bytes(ROWS)``: where its line is (its upper line, the lower one lies
+    behind), as int32; what the codes are multiplied with but for the scale, as float32; the scale
+    codes of its channel, a byte each. Several rows have a float32 each behind that.
     """
-    ENTRY: tl.constexpr = entry_words(ROWS)
+    ENTRY: tl.constexpr = entry_bytes(ROWS)
     STEPS: tl.constexpr = len(LEVELS) - 1
     thresholds = vectors
     sensitivity = vectors + SENSITIVITY_AT
@@ -242,9 +234,9 @@ def build_lists(
     # What does not depend on anything, first: memory takes its time.
     weighs = tl.load(sensitivity + channel, mask=inside, other=0)
     codes = load_scale_codes(scales, channel, inside, WORDS)
-    low_place = channel
+    low_line = channel
     if low is not None:
-        low_place = tl.load(low + channel, mask=inside, other=0)
+        low_line = tl.load(low + channel, mask=inside, other=0)
     gain_2 = tl.load(vectors + GAINS_AT)
     gain_4 = tl.load(vectors + (GAINS_AT + 1))
     gain_6 = tl.load(vectors + (GAINS_AT + 2))
@@ -255,94 +247,75 @@ def build_lists(
 
     # Several rows share what is read: a channel's level is the highest that any of them asks for.
     slices = tl.zeros((BLOCK,), tl.int32)
+    value = tl.zeros((BLOCK,), tl.float32)
     for r in range(ROWS):
         mask = inside & (r < rows)
-        magnitude = tl.abs(tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32))
+        value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32)
         mean = 0.0
         if (relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
             if known_mean is None:
                 mean = mean_magnitude(x + r * k, sensitivity, k, MEAN_BLOCK)
             else:
                 mean = tl.load(known_mean + r)
-        wanted = slices_of(magnitude * weighs, thresholds, mean, LEVELS)
+        wanted = slices_of(tl.abs(value) * weighs, thresholds, mean, LEVELS)
         slices = tl.maximum(slices, tl.where(mask, wanted, 0))
     if low is not None:
-        slices = tl.where(low_place < 0, tl.minimum(slices, high_lines(LEVELS)), slices)
+        slices = tl.where(low_line < 0, tl.minimum(slices, high_lines(LEVELS)), slices)
 
     pairs = slices >> 1
     single = slices & 1
-    ones = pairs | (single << 16)
-    before = tl.cumsum(ones, 0) - ones
-    before_pairs = before & 0xFFFF
-    before_singles = before >> 16
-    at = place_of(channel * high_lines(LEVELS), WORDS)
-    low_at = place_of(k * high_lines(LEVELS) + low_place * low_lines(LEVELS), WORDS)
-    single_at = tl.where(pairs > 0, low_at, at)
-    if PREFETCHED > 0 and not INTERPRET:  # on their way while lists are written
-        base = words.to(tl.int64)
-        soon = before_pairs < PREFETCHED // 2
-        for line in tl.static_range(2):
-            prefetch(base + at + line * 4 * WORDS, soon & (pairs > 0))
-            prefetch(base + low_at + line * 4 * WORDS, soon & (pairs > 1))
-        prefetch(base + single_at, (single > 0) & (before_singles < PREFETCHED))
+    place = place_of(channel * high_lines(LEVELS), WORDS)
+    if SHARED and ROWS == 1:  # on their way while lists are written
+        soon = tl.arange(0, BLOCK) < EARLY_CHANNELS
+        line = words_of(words, place, WORDS).to(tl.int64)
+        prefetch(line, soon & (slices > 0))
+        prefetch(line + 4 * WORDS, soon & (slices > 1))
 
-    total = tl.sum(ones, 0)
+    before, total, largest = rank(slices, finite_magnitude(value), counts, SHARED)
     num_pairs = total & 0xFFFF
     num_singles = total >> 16
     if STEP is not None:
-        to_singles = (num_pairs + (STEP // 2 - 1)) // (STEP // 2) * STEP
-    single_entries = entries + to_singles * ENTRY
+        to_singles = (num_pairs + (STEP - 1)) // STEP * STEP
+    first_pair = entries + (before & 0xFFFF) * ENTRY
+    only_single = entries + (to_singles + (before >> 16)) * ENTRY
+
+    low_place = place_of(k * high_lines(LEVELS) + low_line * low_lines(LEVELS), WORDS)
+    place_of_single = tl.where(pairs > 0, low_place, place)
     gain = tl.where(slices >= 4, gain_8, tl.where(slices == 3, gain_6, gain_4))
     gain = tl.where(slices == 1, gain_2, gain)
-
-    first_pair = entries + slot_of(before_pairs, STEP) * ENTRY
-    second_pair = entries + slot_of(before_pairs + 1, STEP) * ENTRY
-    only_single = single_entries + before_singles * ENTRY
-    if STEP is not None:
-        tl.store(first_pair + 4 * ENTRY, at + 4 * WORDS, mask=pairs > 0)
-        tl.store(second_pair + 4 * ENTRY, low_at + 4 * WORDS, mask=pairs > 1)
     of_single = tl.where(pairs > 0, 0.5 / 16, 0.5)
     if ROWS == 1:
-        value = tl.load(x + channel, mask=inside, other=0).to(tl.float32)
-        exponents = exponent_for(value, TOP)
+        exponents = exponent_for(largest, TOP)
         value = scaled(value, exponents) * gain
-        store_entry(first_pair, at, value * 0.125, codes, pairs > 0)
-        store_entry(second_pair, low_at, value * (0.125 / 16), codes, pairs > 1)
-        store_entry(only_single, single_at, value * of_single, codes, single > 0)
+        store_16_bytes(first_pair, place, value * 0.125, codes, pairs > 0, SHARED)
+        store_16_bytes(
+            first_pair + ENTRY, low_place, value * (0.125 / 16), codes, pairs > 1, SHARED
+        )
+        store_16_bytes(only_single, place_of_single, value * of_single, codes, single > 0, SHARED)
     else:
-        tl.store(first_pair, at, mask=pairs > 0)
-        tl.store(second_pair, low_at, mask=pairs > 1)
-        tl.store(only_single, single_at, mask=single > 0)
-        tl.store(first_pair + 1, codes, mask=pairs > 0)
-        tl.store(second_pair + 1, codes, mask=pairs > 1)
-        tl.store(only_single + 1, codes, mask=single > 0)
+        nothing = tl.zeros((BLOCK,), tl.float32)
+        store_16_bytes(first_pair, place, nothing, codes, pairs > 0, SHARED)
+        store_16_bytes(first_pair + ENTRY, low_place, nothing, codes, pairs > 1, SHARED)
+        store_16_bytes(only_single, place_of_single, nothing, codes, single > 0, SHARED)
         exponents = tl.zeros((ROWS,), tl.int32)
         for r in range(ROWS):
             mask = inside & (r < rows)
             value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32)
-            exponent = exponent_for(value, TOP)
+            exponent = exponent_for(tl.max(finite_magnitude(value), 0), TOP)
             exponents = tl.where(tl.arange(0, ROWS) == r, exponent, exponents)
             value = scaled(value, exponent) * gain
-            tl.store(first_pair + 2 + r, bits_of(value * 0.125), mask=pairs > 0)
-            tl.store(second_pair + 2 + r, bits_of(value * (0.125 / 16)), mask=pairs > 1)
-            tl.store(only_single + 2 + r, bits_of(value * of_single), mask=single > 0)
+            store_float(x_of(first_pair, r, ROWS), value * 0.125, pairs > 0, SHARED)
+            store_float(x_of(first_pair + ENTRY, r, ROWS), value * (0.125 / 16), pairs > 1, SHARED)
+            store_float(x_of(only_single, r, ROWS), value * of_single, single > 0, SHARED)
 
-    # The first line, times zero.
     padding = tl.arange(0, PADDING)
-    zero = tl.zeros((PADDING,), tl.int64)
-    for i in tl.static_range(ENTRY):
-        tl.store(single_entries + (num_singles + padding) * ENTRY + i, zero)
+    behind = entries + (to_singles + num_singles + padding) * ENTRY
+    store_nothing(behind, padding >= 0, ROWS, SHARED)
     if STEP is None:
-        for i in tl.static_range(ENTRY):
-            tl.store(entries + (num_pairs + padding) * ENTRY + i, zero)
+        store_nothing(entries + (num_pairs + padding) * ENTRY, padding >= 0, ROWS, SHARED)
     else:
-        padding = tl.arange(0, STEP // 2)
-        zero = tl.zeros((STEP // 2,), tl.int64)
-        pair = entries + slot_of(num_pairs + padding, STEP) * ENTRY
-        mask = num_pairs + padding < to_singles // 2
-        for i in tl.static_range(ENTRY):
-            tl.store(pair + i, zero, mask=mask)
-        tl.store(pair + 4 * ENTRY, zero, mask=mask)
+        pair = num_pairs + tl.arange(0, STEP)
+        store_nothing(entries + pair * ENTRY, pair < to_singles, ROWS, SHARED)
     return num_pairs, num_singles, exponents
 
 
