@@ -57,12 +57,15 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     gpu = GPUS[name]
     tile = tile_width(n)
     tiles = -(-n // tile)
-    chunk = configurations.chunk_length(gpu.capability, gpu.multiprocessors, tiles, k, form, 1)
+    card = configurations.Gpu(gpu.capability, gpu.multiprocessors)
+    chunk = configurations.chunk_length(card, tiles, k, form, 1)
     splits = -(-k // chunk)
     programs = tiles * splits
     block = triton.next_power_of_2(chunk)
     mean_block = min(triton.next_power_of_2(k), decode.LARGEST_MEAN_BLOCK)
-    compiled = aot.report(aot.decode_job(form, 1, tile // 16, gpu.capability, block, mean_block))
+    few = configurations.few(card, programs)
+    job = aot.decode_job(form, 1, tile // 16, gpu.capability, block, few, mean_block)
+    compiled = aot.report(job)
     pair_loop, single_loop = compiled["pairs"], compiled["singles"]
     sums = [loop for loop in compiled["loops"] if loop["loads_of_others"]]
     others = [

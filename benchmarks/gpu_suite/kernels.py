@@ -130,11 +130,11 @@ def speed() -> dict[str, object]:
             candidates["bf16"] = linears([dense, *(dense.clone() for _ in range(number - 1))], x)
         weight = GrinqhTensor.from_hp(torch.randn(n, k, device=timing.DEVICE, dtype=torch.bfloat16))
         for bits in BITS:
-            weight.set_bits(bits)  # clones keep their own thresholds
+            weight.set_bits(bits)  # the candidates' clones keep their own thresholds
             number = timing.copies_for(needed_bytes(n, k, bits))
             candidates[f"grinqh {bits:g}"] = linears(copies(calibrated(weight, x), number), x)
             if bits == 3:
-                candidates["grinqh 3, uncalibrated"] = linears(copies(weight, number), x)
+                candidates["grinqh 3, uncalibrated"] = linears(copies(weight.clone(), number), x)
         times = timing.compare(candidates)
         ideal_int4 = n * k * 4.125 / 8 / _measured["bytes_per_us"]
         row = {"shape": [n, k], "us": times, "ideal_int4_us": ideal_int4}
