@@ -43,13 +43,14 @@ class Gpu:
     gigahertz: float
     gigabytes_per_second: float
     latency_us: float
+    shared_kib: int
 
 
 GPUS = {
-    "RTX 4090": Gpu(89, 128, 2.52, 1008, 0.6),
-    "A100": Gpu(80, 108, 1.41, 2039, 0.6),
-    "H100": Gpu(90, 132, 1.755, 3350, 0.7),
-    "H200": Gpu(90, 132, 1.755, 4800, 0.7),
+    "RTX 4090": Gpu(89, 128, 2.52, 1008, 0.6, 100),
+    "A100": Gpu(80, 108, 1.41, 2039, 0.6, 164),
+    "H100": Gpu(90, 132, 1.755, 3350, 0.7, 228),
+    "H200": Gpu(90, 132, 1.755, 4800, 0.7, 228),
 }
 
 
@@ -64,7 +65,8 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     block = triton.next_power_of_2(chunk)
     mean_block = min(triton.next_power_of_2(k), decode.LARGEST_MEAN_BLOCK)
     few = configurations.few(card, programs)
-    job = aot.decode_job(form, 1, tile // 16, gpu.capability, block, few, mean_block)
+    at_once = min(triton.next_power_of_2(splits), decode.SPLITS_AT_ONCE)
+    job = aot.decode_job(form, 1, tile // 16, gpu.capability, block, few, mean_block, at_once)
     compiled = aot.report(job)
     pair_loop, single_loop = compiled["pairs"], compiled["singles"]
     sums = [loop for loop in compiled["loops"] if loop["loads_of_others"]]
@@ -102,8 +104,8 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
             loop[count] * entries[kind] / (2048 / (tile // 16))
             for loop, kind in zip(others[1:], ("pairs", "singles"), strict=False)
         )
-        # Only the last program of a tile adds up the sums of all, 16 at a time.
-        last = sum(loop[count] for loop in sums) * -(-splits // 16) / splits
+        # Only the last program of a tile adds up the sums of all, some at a time.
+        last = sum(loop[count] for loop in sums) * -(-splits // at_once) / splits
         return straight + of_slices + of_others + last
 
     of_loops = sum(
@@ -116,6 +118,7 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     cycles = gpu.multiprocessors * gpu.gigahertz * 1e3  # per microsecond
     threads = programs * 32 * compiled["warps"]
     fit = REGISTERS_PER_SM // (-(-compiled["registers"] // 8) * 8 * 32 * compiled["warps"])
+    fit = min(fit, (gpu.shared_kib << 10) // (compiled["shared"] + 1024))
     resident = min(fit, programs / gpu.multiprocessors)
     step = 2048  # bytes of a warp
     in_flight = resident * compiled["warps"] * step * gpu.multiprocessors

@@ -28,10 +28,12 @@ def on_a_cpu(monkeypatch):
 
 def test_correctness(monkeypatch):
     monkeypatch.setattr(checks, "SHAPES", [(70, 9), (5, 1)])
+    monkeypatch.setattr(checks, "LARGE", [(70, 9, 4)])
+    monkeypatch.setattr(checks, "FUSED", [((40, 9), 1), ((5, 1), 3)])
     report = checks.correctness()
-    assert report["cases"] == 2 * (1 + 4) * 3 + 6 + 6
+    assert report["cases"] == 2 * (1 + 5) * 3 + 3 + 6 + 6 + 6
     monkeypatch.setattr(checks, "TOLERANCE", dict.fromkeys(checks.TOLERANCE, -1.0))
-    with pytest.raises(AssertionError, match="36 of 42 cases are wrong"):
+    with pytest.raises(AssertionError, match="51 of 57 cases are wrong"):
         checks.correctness()
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torchao.quantization import quantize_
 
 from gpu_suite import timing
-from grinqh_ao import GrinqhConfig, GrinqhTensor, fuse_projections, set_bits
+from grinqh_ao import GrinqhConfig, GrinqhTensor, fuse_projections, ops, set_bits
 from grinqh_ao.ops import oracle
 from grinqh_ao.slices import drop_low
 
@@ -18,6 +18,9 @@ from grinqh_ao.slices import drop_low
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 # Tiles of 512, 256, 128 and 64; odd sizes; one channel; chunks that do not divide.
 SHAPES = [(4096, 4096), (14336, 512), (1000, 777), (768, 4099), (384, 100), (70, 9), (5, 1)]
+# With rows, as long chunks have them, and many programs on each multiprocessor.
+LARGE = [(28672, 4096, 1), (28672, 4096, 4), (14336, 4096, 1), (14336, 4096, 8)]
+FUSED = [((4096, 1024, 1024), 1), ((1500, 700), 3)]  # rows behind the sizes
 
 
 def laplace(*shape: int) -> torch.Tensor:
@@ -77,6 +80,29 @@ def check_decode(job: tuple[int, int, int, torch.dtype]) -> list[Outcome]:
 
 
 @torch.no_grad()
+def check_fused(job: tuple[tuple[int, ...], int, torch.dtype]) -> list[Outcome]:
+    """Several weights in one launch, twice."""
+    sizes, rows, dtype = job
+    torch.manual_seed(0)
+    weights = [GrinqhTensor.from_hp(torch.randn(n, 4096, device=timing.DEVICE)) for n in sizes]
+    x = laplace(rows, 4096).to(dtype)
+    biases = [torch.randn(n, device=timing.DEVICE, dtype=dtype) for n in sizes]
+
+    def decode() -> torch.Tensor:
+        outs = ops.decode_linears(
+            x, [w.slices for w in weights], [w.scales for w in weights],
+            [w.vectors for w in weights], biases, [None] * len(sizes), weights[0].levels,
+        )  # fmt: skip
+        return torch.cat(outs, -1)
+
+    found, again = decode(), decode()
+    truth = torch.cat([expected(x, *each) for each in zip(weights, biases, strict=True)], -1)
+    error = ((found.double() - truth).abs().amax(-1) / truth.abs().amax(-1)).max().item()
+    wrong = not error <= TOLERANCE[dtype] or not torch.equal(found, again)
+    return [Outcome(f"{sizes} fused, {rows} rows", str(dtype), error, wrong)]
+
+
+@torch.no_grad()
 def check_dequantize(job: tuple[torch.dtype, int, bool]) -> list[Outcome]:
     dtype, level, compact = job
     torch.manual_seed(0)
@@ -125,7 +151,9 @@ def jobs() -> list[Job]:
     found: list[Job] = [(check_decode, (*shape, 1, torch.bfloat16)) for shape in SHAPES]
     for i, shape in enumerate(SHAPES):
         found.append((check_decode, (*shape, 1, (torch.float16, torch.float32)[i % 2])))
-        found += [(check_decode, (*shape, r, dtypes[(i + r) % 3])) for r in (2, 5, 8)]
+        found += [(check_decode, (*shape, r, dtypes[(i + r) % 3])) for r in (2, 3, 5, 8)]
+    found += [(check_decode, (*each, torch.bfloat16)) for each in LARGE]
+    found += [(check_fused, (*each, dtype)) for each in FUSED for dtype in dtypes]
     for i, dtype in enumerate(dtypes):
         found.append((check_dequantize, (dtype, 2 + 2 * i, False)))
         found.append((check_dequantize, (dtype, 8 - 2 * i, True)))

@@ -39,8 +39,7 @@ def compile_one(job: tuple[int, int, int]) -> None:
 
 def jobs() -> list[tuple[int, int, int]]:
     """Everything that :func:`sweep` needs compiled."""
-    kinds = {(k, c): (n, k, c) for n, k in SHAPES for c in CHUNKS}
-    return list(kinds.values())
+    return [(n, k, chunk) for n, k in SHAPES for chunk in CHUNKS]
 
 
 @torch.no_grad()

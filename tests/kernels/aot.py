@@ -91,6 +91,7 @@ def decode_job(
     block: int | None = None,  # the longest
     few: bool = False,
     mean_block: int = 4096,
+    splits_at_once: int = decode.SPLITS_AT_ONCE,
     compact: bool = False,
     experts: bool = False,
 ) -> Job:
@@ -104,7 +105,7 @@ def decode_job(
         "WORDS": words,
         "BLOCK": block,
         "MEAN_BLOCK": mean_block,
-        "SPLITS_AT_ONCE": decode.SPLITS_AT_ONCE,
+        "SPLITS_AT_ONCE": splits_at_once,
         "EARLY": capability >= configurations.LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
         "INTERPRET": False,
         "mean": None,
@@ -224,7 +225,7 @@ def report(job: Job) -> dict[str, Any]:
         "registers": registers,
         "warps": job.warps,
         "stack": stack,
-        "shared": shared,
+        "shared": shared + compiled.metadata.shared,  # declared by the kernel, and Triton's own
         "local": local,
         "all": _count(instructions),
         "loops": [

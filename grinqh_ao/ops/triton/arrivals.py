@@ -1,8 +1,9 @@
 """Counters of arrived programs (see combine.py), zero before and after each launch.
 
 They must outlive a launch and no two launches that run at a time may share them. Launches on one
-stream run one after the other, so a stream has one set. A launch that is captured into a CUDA
-graph may be replayed on any stream, beside any other, so it gets a set of its own, for good.
+stream run one after the other (one that begins early waits before it counts), so a stream has one
+set. A launch that is captured into a CUDA graph may be replayed on any stream, beside any other, so
+it gets a set of its own, for good.
 """
 
 from __future__ import annotations

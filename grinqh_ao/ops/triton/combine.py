@@ -58,7 +58,8 @@ def combine(
             total = tl.zeros((1, TILE), tl.float32)
             for start in range(0, splits, SPLITS_AT_ONCE):
                 for i in tl.static_range(SPLITS_AT_ONCE):
-                    # Past the first level cache: other programs wrote these.
+                    # Past the first level cache: other programs wrote these. A mask that differs
+                    # between columns would take the loads apart.
                     total += tl.load(
                         sums + ((start + i) * ROWS + r) * padded + column,
                         mask=(start + i < splits) & (column >= 0),

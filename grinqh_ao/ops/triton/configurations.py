@@ -2,8 +2,8 @@
 
 A program reads one tile of outputs (512 for most layers) over a chunk of input channels. More
 programs keep more bytes in flight and start reading sooner; longer chunks waste less on lists,
-padding and sums. What is here was measured on an H100 (docs/kernel.md), for other GPUs it is a
-guess.
+padding and sums. What is here was measured on an H100 (docs/kernel.md); for other GPUs it is taken
+over, or found by compiling.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ WARPS = 4  # of a program
 CHUNKS = (128, 256, 512)
 # The same at most, by rows of the mma form as compiled: lists must fit into shared memory.
 LONGEST_CHUNKS = {1: 512, 4: 512, 8: 256}
-# On each multiprocessor, for which a chunk may be shorter than the longest.
+# A chunk is shorter than the longest where this makes at most so many programs, on each
+# multiprocessor and on a tile: the last one of a tile adds up the sums of all, and each one that
+# needs the mean of a row of activations reads all of it.
 PROGRAMS = 1.5
-# The last program of a tile adds up the sums of all, and each program that needs the mean of a row
-# of activations reads all of it.
-MOST_SPLITS = 32
+SPLITS = 32
 # On each multiprocessor, up to which programs prefetch all along: others keep enough in flight.
 FEW_PROGRAMS = 2.5
 # Programmatic dependent launch: programs get ready while the kernel in front of theirs ends.
@@ -49,7 +49,7 @@ def chunk_length(gpu: Gpu, tiles: int, k: int, form: str, rows: int) -> int:
     longest = LONGEST_CHUNKS[compiled_rows(form, rows)] if form == "mma" else CHUNKS[-1]
     for chunk in CHUNKS:
         splits = -(-k // chunk)
-        if splits <= MOST_SPLITS and tiles * splits <= PROGRAMS * gpu.multiprocessors:
+        if splits <= SPLITS and tiles * splits <= PROGRAMS * gpu.multiprocessors:
             return min(chunk, longest)
     return longest
 
@@ -62,7 +62,7 @@ def registers(capability: int, form: str, rows: int, words: int, few: bool) -> i
     """Per thread at most; None where the compiler's own choice is right.
 
     Found by compiling; the tests hold what comes of them. Where bandwidth is high, a fourth program
-    on each multiprocessor is worth some spills outside of the loops.
+    on each multiprocessor is worth some spills, hardly any of them in a loop.
 
     Args:
         rows: as compiled.

@@ -206,7 +206,7 @@ def decode_mma_kernel(
     tiles,
     lines,  # of a tile
     # Of all:
-    memory,  # int8 [programs, size] where there is no shared memory, else None
+    memory,  # int8 [programs, size] in the interpreter, else None: it is shared memory
     partial,  # float32 [splits, ROWS, all tiles * TILE]
     arrivals,  # int32 [all tiles]
     rows,

@@ -271,7 +271,9 @@ def build_lists(
         prefetch(line, soon & (slices > 0))
         prefetch(line + 4 * WORDS, soon & (slices > 1))
 
-    before, total, largest = rank(slices, finite_magnitude(value), counts, SHARED)
+    # Several rows have each a largest magnitude of their own, below.
+    magnitude = finite_magnitude(value) if ROWS == 1 else tl.zeros((BLOCK,), tl.float32)
+    before, total, largest = rank(slices, magnitude, counts, SHARED)
     num_pairs = total & 0xFFFF
     num_singles = total >> 16
     if STEP is not None:

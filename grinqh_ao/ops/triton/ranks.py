@@ -53,6 +53,7 @@ def rank(slices, magnitude, memory, SHARED: tl.constexpr):
     """
     if SHARED:
         BLOCK: tl.constexpr = slices.shape[0]
+        tl.static_assert((BLOCK >= 32) & (BLOCK <= 1024), "a lane for each segment, of 32 channels")
         before, count = tl.inline_asm_elementwise(
             VOTE, "=&r,=&r,r", [slices], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
         )
