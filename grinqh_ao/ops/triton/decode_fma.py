@@ -63,7 +63,7 @@ def unit(bit):
 @triton.jit
 def scale_entries(
     entries, multiplier, count, capacity, total, MEAN: tl.constexpr, WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Writes x * scale of every entry and group, adds their sums times the mean code to total."""
     GROUPS: tl.constexpr = WORDS // 4
@@ -73,7 +73,7 @@ def scale_entries(
     for start in range(0, count, AT_ONCE):
         position = start + entry
         this = entries + position * entry_bytes(ROWS)
-        scale = decode_scale(load_byte(scale_codes_of(this) + group, False))
+        scale = decode_scale(load_byte(scale_codes_of(this) + group, False), INTERPRET)
         new = ()
         for r in tl.static_range(ROWS):
             product = load_float(x_of(this, r, ROWS), False) * scale
@@ -197,12 +197,12 @@ def decode_fma_kernel(
         totals = totals + (tl.zeros((PADDING, GROUPS), tl.float32),)
     if has_pairs(LEVELS):
         totals = scale_entries(
-            entries, multipliers, num_pairs, capacity, totals, 7.5, WORDS, ROWS,
+            entries, multipliers, num_pairs, capacity, totals, 7.5, WORDS, ROWS, INTERPRET,
         )  # fmt: skip
     if has_singles(LEVELS):
         totals = scale_entries(
             single_entries, multipliers + to_single * GROUPS, num_singles, capacity, totals,
-            1.5, WORDS, ROWS,
+            1.5, WORDS, ROWS, INTERPRET,
         )  # fmt: skip
     # The row behind the last entry: what all outputs of a group have to be corrected by.
     correction = multipliers + ROWS * capacity * GROUPS

@@ -39,6 +39,7 @@ from grinqh_ao.ops.triton.shared import (
     load_byte,
     load_float,
     load_int,
+    load_vectors,
     store_vectors,
 )
 
@@ -64,8 +65,17 @@ def memory_bytes(levels, block, rows, words):
 
 @triton.jit
 def entry_of_line(entry, i: tl.constexpr, pairs, ROWS: tl.constexpr):
-    """Of a lane's line i, of LINES. Its entries are 4 apart; pairs have one for two lines."""
-    return entry + 4 * entry_bytes(ROWS) * tl.where(pairs, i // 2, i)
+    """Of a lane's line i, of LINES. Its entries are 4 apart; pairs have one for two lines, i and
+    i + LINES / 2."""
+    HALF: tl.constexpr = LINES // 2
+    if i < HALF:
+        return entry + 4 * entry_bytes(ROWS) * i
+    else:
+        return (
+            entry
+            + tl.where(pairs, 0, 4 * entry_bytes(ROWS) * HALF)
+            + (4 * entry_bytes(ROWS) * (i - HALF))
+        )
 
 
 @triton.jit
@@ -74,7 +84,7 @@ def load_places(entry, pairs, WORDS: tl.constexpr, ROWS: tl.constexpr, SHARED: t
     places = ()
     for i in tl.static_range(LINES):
         place = load_int(entry_of_line(entry, i, pairs, ROWS), SHARED)
-        places = places + (place + tl.where(pairs, i % 2 * (4 * WORDS), 0),)
+        places = places + (place + tl.where(pairs, i // (LINES // 2) * (4 * WORDS), 0),)
     return places
 
 
@@ -96,25 +106,26 @@ def prefetch_step(
 ):  # fmt: skip
     """Asks for a warp's lines of a step, one for each lane; steps are counted from the entries."""
     i = g % 4
-    of_pair = pair + (PAIRS * step + i // 2 * 4) * entry_bytes(ROWS)
+    of_pair = pair + (PAIRS * step + i % 2 * 4) * entry_bytes(ROWS)
     of_single = single + (SINGLES * (step - pairs_left) + i * 4) * entry_bytes(ROWS)
     mask = mask & (step < steps_left)
     entry = tl.where(mask, tl.where(step < pairs_left, of_pair, of_single), pair)
-    place = load_int(entry, SHARED) + tl.where(step < pairs_left, i % 2 * (4 * WORDS), 0)
+    place = load_int(entry, SHARED) + tl.where(step < pairs_left, i // 2 * (4 * WORDS), 0)
     prefetch(words_of(words, place, WORDS).to(tl.int64), mask)
 
 
 @triton.jit
-def multiplier(x, scale_code, shift):
+def multiplier(x, scale_code, shift, INTERPRET: tl.constexpr):
     """x * scale as float16 bits in the half that the column asks for."""
-    bits = (x * decode_scale(scale_code)).to(tl.float16).to(tl.int16, bitcast=True)
+    bits = (x * decode_scale(scale_code, INTERPRET)).to(tl.float16).to(tl.int16, bitcast=True)
     return (bits.to(tl.int32) & 0xFFFF) << shift
 
 
 @triton.jit
 def multipliers(
-    entry, row, group, shift, WORDS: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr
-):
+    entry, row, group, shift, WORDS: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
     """B registers of a lane's channel: one, or one for every j and block of four rows.
 
     With one row, of the lane's column's group, else of four groups.
@@ -124,7 +135,7 @@ def multipliers(
         code = load_byte(scale_codes_of(entry) + group + 2 * j * WORDS // 64, SHARED)
         for block in tl.static_range((ROWS + 3) // 4):
             x = load_float(x_of(entry, 4 * block + row, ROWS), SHARED)
-            bs = bs + (multiplier(x, code, shift),)
+            bs = bs + (multiplier(x, code, shift, INTERPRET),)
     return bs
 
 
@@ -174,19 +185,18 @@ def store_sums(
 
 
 @triton.jit
-def sum_of_warps(
-    sums, row, WORDS: tl.constexpr, ROWS: tl.constexpr,
-    SHARED: tl.constexpr,
-):  # fmt: skip
-    """float32 [1, TILE] of a row, of four, out of what ``store_sums`` has written."""
-    output = tl.arange(0, 16 * WORDS)[None, :]
-    field = output // WORDS
+def sum_of_warps(sums, row, WORDS: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr):
+    """float32 [threads, V] of a row, of four, out of what ``store_sums`` has written: thread
+    8 field + i has words i V ... of that field."""
+    V: tl.constexpr = WORDS // 8
+    thread = tl.arange(0, 32 * WARPS)[:, None]
+    field = thread // 8
     half = field // 4 % 2 if ROWS == 1 else row // 2
-    word = turned(output % WORDS, half + 2 * (field // 8), WORDS)
-    from_ = sums + ((row * 16 + field) * WORDS + word) * 4
-    total = tl.zeros((1, 16 * WORDS), tl.float32)
+    first = turned(thread % 8 * V, half + 2 * (field // 8), WORDS)
+    address = sums + 4 * ((row * 16 + field) * WORDS + first + tl.arange(0, V)[None, :])
+    total = tl.zeros((32 * WARPS, V), tl.float32)
     for w in tl.static_range(WARPS):
-        total += load_float(from_ + w * ((1 if ROWS == 1 else 4) * 64 * WORDS), SHARED)
+        total += load_vectors(address + w * ((1 if ROWS == 1 else 4) * 64 * WORDS), V, SHARED)
     return total
 
 
@@ -299,10 +309,10 @@ def decode_mma_kernel(
                 words = load_words(lane_words, places, WORDS, FEW)
             b = ()
             nibbles = ()
-            for i in tl.static_range(0, LINES, 2):
+            for i in tl.static_range(LINES // 2):
                 entry = entry_of_line(pair, i, True, ROWS)
-                b = b + (multipliers(entry, row, group, shift, WORDS, ROWS, SHARED),)
-                nibbles = nibbles + (merge(words[i], words[i + 1], INTERPRET),)
+                b = b + (multipliers(entry, row, group, shift, WORDS, ROWS, SHARED, INTERPRET),)
+                nibbles = nibbles + (merge(words[i], words[i + LINES // 2], INTERPRET),)
             pair += PAIRS * ENTRY
             more = start + PAIRS < num_pairs
             places = load_places(tl.where(more, pair, single), more, WORDS, ROWS, SHARED)
@@ -326,7 +336,7 @@ def decode_mma_kernel(
             b = ()
             for i in tl.static_range(LINES):
                 entry = entry_of_line(single, i, False, ROWS)
-                b = b + (multipliers(entry, row, group, shift, WORDS, ROWS, SHARED),)
+                b = b + (multipliers(entry, row, group, shift, WORDS, ROWS, SHARED, INTERPRET),)
             single += SINGLES * ENTRY
             places = load_places(single, False, WORDS, ROWS, SHARED)
             steps_left -= 1
@@ -348,7 +358,7 @@ def decode_mma_kernel(
         partial += tl.program_id(2).to(tl.int64) * splits * ROWS * all_tiles * TILE
         arrivals += tl.program_id(2) * all_tiles
     partial_tile = partial + ((split * ROWS).to(tl.int64) * all_tiles + tile) * TILE
-    output = tl.arange(0, TILE)[None, :]
+    output = thread * V + tl.arange(0, V)[None, :]
     for block in tl.static_range(BLOCKS):
         tl.debug_barrier()
         store_sums(memory, acc, sums, block, WORDS, ROWS, BLOCKS, SHARED)

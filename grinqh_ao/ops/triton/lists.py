@@ -322,8 +322,21 @@ def build_lists(
 
 
 @triton.jit
-def decode_scale(code):
-    return tl.where(code > 0, tl.exp2(tl.fma(code.to(tl.float32), OCTAVE, TOP_OCTAVE)), 0.0)
+def saturate(value, INTERPRET: tl.constexpr):
+    """Not negative -> at most 1, with no instruction of the integer pipe."""
+    if INTERPRET:
+        return tl.minimum(value, 1.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "add.sat.f32 $0, $1, 0f00000000;", "=f,f", [value], dtype=tl.float32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def decode_scale(code, INTERPRET: tl.constexpr):
+    value = code.to(tl.float32)
+    return tl.exp2(tl.fma(value, OCTAVE, TOP_OCTAVE)) * saturate(value, INTERPRET)
 
 
 @triton.jit

@@ -103,6 +103,25 @@ def store_vectors(address, values, SHARED: tl.constexpr):
 
 
 @triton.jit
+def load_vectors(address, V: tl.constexpr, SHARED: tl.constexpr):
+    """What ``store_vectors`` has stored, float32 [threads, V] from addresses of that shape."""
+    if SHARED:
+        if V == 4:
+            bits = tl.inline_asm_elementwise(
+                "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r,r,r,r", [address],
+                dtype=tl.int32, is_pure=False, pack=4,
+            )  # fmt: skip
+        else:
+            bits = tl.inline_asm_elementwise(
+                "ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r,r", [address],
+                dtype=tl.int32, is_pure=False, pack=2,
+            )  # fmt: skip
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return tl.load(as_pointer(address, tl.float32))
+
+
+@triton.jit
 def load_int(address, SHARED: tl.constexpr):
     if SHARED:
         return tl.inline_asm_elementwise(
