@@ -55,7 +55,6 @@ DECODE = {
     "k": "i32",
     "chunk": "i32",
     "capacity": "i32",
-    "size": "i32",
 }
 DEQUANTIZE = {
     "slices": "*i32",
@@ -68,7 +67,7 @@ DEQUANTIZE = {
     "lines": "i32",
 }
 # By 16; of the rest Triton knows at run time that it can be divided.
-INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity", "size"}
+INDIVISIBLE = {"n", "tiles", "lines", "rows", "chunk", "capacity"}
 
 
 class Job(NamedTuple):

@@ -150,15 +150,20 @@ def launch(
         )
     out = tuple(x.new_empty(*x.shape[:-1], size) for size in n)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    if mma:  # bytes of a program, which a GPU has on chip
-        capacity = memory_bytes(levels, block, rows_compiled, words)
-        scratch = [torch.empty(programs * capacity, dtype=torch.int8) if interpret else None]
-    else:  # entries of a program, with padding
-        capacity = 3 * chunk + 2 * entries_at_once(words)
+    are_few = few(gpu, programs)
+    own: dict[str, bool | int]  # what only this form takes
+    if mma:
+        scratch = [None]  # on chip
+        if interpret:
+            size = memory_bytes(levels, block, rows_compiled, words)
+            scratch = [torch.empty(programs * size, dtype=torch.int8)]
+        own = {"FEW": are_few}
+    else:
+        capacity = 3 * chunk + 2 * entries_at_once(words)  # entries of a program, with padding
         entries = programs * capacity * entry_bytes(rows_compiled)
         scratch = [torch.empty(entries, dtype=torch.int8, device=x.device)]
         scratch.append(floats(programs * rows_compiled * (capacity + 1) * (words // 4)))
-    are_few = few(gpu, programs)
+        own = {"capacity": capacity}
     early = gpu.capability >= LEAST_CAPABILITY_FOR_EARLY_LAUNCH and not interpret
     kernel = decode_mma_kernel if mma else decode_fma_kernel
     kernel[(all_tiles, splits, slots)](
@@ -180,7 +185,6 @@ def launch(
         rows,
         k,
         chunk,
-        capacity,
         LEVELS=tuple(levels),
         ROWS=rows_compiled,
         WORDS=words,
@@ -189,7 +193,7 @@ def launch(
         SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SPLITS_AT_ONCE),
         EARLY=early,
         INTERPRET=interpret,
-        **({"FEW": are_few} if mma else {}),
+        **own,
         num_warps=WARPS,
         maxnreg=registers(gpu.capability, form, rows_compiled, words, are_few),
         launch_pdl=early,

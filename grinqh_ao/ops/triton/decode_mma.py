@@ -216,13 +216,12 @@ def decode_mma_kernel(
     tiles,
     lines,  # of a tile
     # Of all:
-    memory,  # int8 [programs, size] in the interpreter, else None: it is shared memory
+    memory,  # int8 [programs, memory_bytes()] in the interpreter, else None: it is shared memory
     partial,  # float32 [splits, ROWS, all tiles * TILE]
     arrivals,  # int32 [all tiles]
     rows,
     k,
     chunk,
-    size,
     LEVELS: tl.constexpr,
     ROWS: tl.constexpr,  # 1, 4 or 8
     WORDS: tl.constexpr,  # 32 or 16
@@ -249,11 +248,11 @@ def decode_mma_kernel(
     V: tl.constexpr = WORDS // 8
     TILE: tl.constexpr = 16 * WORDS
     SHARED: tl.constexpr = memory is None
-    COUNTS: tl.constexpr = memory_bytes(LEVELS, BLOCK, ROWS, WORDS)
+    SIZE: tl.constexpr = memory_bytes(LEVELS, BLOCK, ROWS, WORDS)
     if SHARED:
-        memory = allocate(COUNTS + BLOCK // 4)
+        memory = allocate(SIZE + BLOCK // 4)  # and the counts that places in lists come from
     else:
-        memory += program * size
+        memory += program * SIZE
     if not INTERPRET:  # they are read at the very end
         line = tl.arange(0, TILE // 32)
         address = (this + row_scale_at(k) + tile_of_weight * TILE).to(tl.int64)
@@ -262,7 +261,7 @@ def decode_mma_kernel(
     last = tl.minimum(first + chunk, k)
     num_pairs, num_singles, exponents = build_lists(
         x, slices, scales, this, None if low is None else pick(member, low), mean, memory,
-        memory + COUNTS, None, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PAIRS,
+        memory + SIZE, None, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PAIRS,
         PADDING, TOP, SHARED,
     )  # fmt: skip
     tl.debug_barrier()
