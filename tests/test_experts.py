@@ -304,7 +304,6 @@ def test_experts_of_another_form_are_reported(log):
 def test_compiles_without_breaks():
     model = tiny_model("qwen3_moe", tied=False)
     quantize_(model, GrinqhConfig(bits=3))
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     for rows in (1, 11):
         ids = torch.randint(0, 320, (1, rows))

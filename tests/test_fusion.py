@@ -105,7 +105,6 @@ def test_compiles_without_breaks_and_set_bits_does_not_recompile(model):
     set_bits(model, 2)
     expected.append(model(token, use_cache=False).logits)
     fuse_projections(model)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for bits, logits in zip((3, 2), expected, strict=True):
         set_bits(model, bits)
@@ -119,7 +118,6 @@ def test_compiles_without_breaks_and_set_bits_does_not_recompile(model):
 def test_inductor(model):
     fuse_projections(model)
     token = torch.randint(0, 320, (1, 1))
-    torch._dynamo.reset()
     found = torch.compile(model, fullgraph=True)(token, use_cache=False).logits
     torch.testing.assert_close(found, model(token, use_cache=False).logits, rtol=1e-3, atol=1e-3)
 

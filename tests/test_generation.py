@@ -66,7 +66,6 @@ def test_compiles_without_breaks_and_set_bits_does_not_recompile(family):
         graphs += 1
         return graph.forward
 
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     token = torch.randint(0, 320, (1, 1))
     at_3 = compiled(token, use_cache=False).logits
@@ -86,7 +85,6 @@ def test_compiles_without_breaks_and_set_bits_does_not_recompile(family):
 def test_inductor_gives_the_same_logits(family):
     model = tiny_model(family, tied=False)
     quantize_(model, GrinqhConfig(bits=3))
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     for rows in (1, 5, 11):
         ids = torch.randint(0, 320, (1, rows))
@@ -100,7 +98,6 @@ def test_compiled_forward_in_a_generation_loop():
     quantize_(model, GrinqhConfig(bits=3))
     ids = torch.randint(0, 320, (1, 7))
     expected = generate(model, ids)
-    torch._dynamo.reset()
     model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="eager")
     assert generate(model, ids) == expected
 

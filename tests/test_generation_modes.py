@@ -102,6 +102,5 @@ def test_static_cache_compiled_by_inductor():
     expected = generate(model, ONE, None, cache_implementation="static")
     config = transformers.CompileConfig(fullgraph=True, mode="default")
     config._compile_all_devices = True
-    torch._dynamo.reset()
     options = {"cache_implementation": "static", "compile_config": config}
     assert generate(model, ONE, None, **options) == expected

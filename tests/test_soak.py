@@ -29,7 +29,6 @@ def resident() -> int:
 def test_steps_cache_resets_batches_and_bits(monkeypatch):
     from transformers import StaticCache
 
-    torch._dynamo.reset()
     model = tiny_model("llama", tied=True)
     quantize_(model, GrinqhConfig(bits=3))
     caches = {n: StaticCache(model.config, max_cache_len=LENGTH) for n in BATCHES}

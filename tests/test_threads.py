@@ -120,7 +120,6 @@ def test_a_guarded_model_can_be_copied(model):
 
 @pytest.mark.parametrize("compiled_first", [True, False])
 def test_guarded_models_compile(model, compiled_first, monkeypatch):
-    torch._dynamo.reset()
     expected = copy.deepcopy(model)
     if compiled_first:
         called = torch.compile(model, fullgraph=True)
@@ -156,7 +155,6 @@ def test_measuring_counts_its_own_thread(model):
 
 
 def test_the_last_to_leave_lets_compiled_functions_run_again():
-    torch._dynamo.reset()
     compiled = []
 
     def backend(graph, _):
