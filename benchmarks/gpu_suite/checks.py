@@ -50,6 +50,15 @@ class Outcome(NamedTuple):
     wrong: bool
 
 
+def judged(case: str, found: torch.Tensor, again: torch.Tensor, truth: torch.Tensor) -> Outcome:
+    """Of rows that were decoded twice."""
+    same = torch.equal(found, again)
+    errors = (found.double() - truth).abs().amax(-1) / truth.abs().amax(-1)
+    error = errors.max().item()
+    wrong = not error <= TOLERANCE[found.dtype] or not same
+    return Outcome(f"{case}, same twice: {same}", str(found.dtype), error, wrong)
+
+
 @torch.no_grad()
 def check_decode(job: tuple[int, int, int, torch.dtype]) -> list[Outcome]:
     """One shape and number of rows at several bits, each twice."""
@@ -70,12 +79,8 @@ def check_decode(job: tuple[int, int, int, torch.dtype]) -> list[Outcome]:
         bias = torch.randn(n, device=timing.DEVICE, dtype=dtype) if rows in (1, 5) else None
         found = F.linear(x, weight, bias)
         again = F.linear(x, weight, bias)
-        truth = expected(x, weight, bias)
-        errors = (found.double() - truth).abs().amax(-1) / truth.abs().amax(-1)
-        error = errors.max().item()
-        wrong = not error <= TOLERANCE[dtype] or not torch.equal(found, again)
-        case = f"{n}x{k}, {rows} rows, {bits} bits, same twice: {torch.equal(found, again)}"
-        outcomes.append(Outcome(case, str(dtype), error, wrong))
+        case = f"{n}x{k}, {rows} rows, {bits} bits"
+        outcomes.append(judged(case, found, again, expected(x, weight, bias)))
     return outcomes
 
 
@@ -97,9 +102,7 @@ def check_fused(job: tuple[tuple[int, ...], int, torch.dtype]) -> list[Outcome]:
 
     found, again = decode(), decode()
     truth = torch.cat([expected(x, *each) for each in zip(weights, biases, strict=True)], -1)
-    error = ((found.double() - truth).abs().amax(-1) / truth.abs().amax(-1)).max().item()
-    wrong = not error <= TOLERANCE[dtype] or not torch.equal(found, again)
-    return [Outcome(f"{sizes} fused, {rows} rows", str(dtype), error, wrong)]
+    return [judged(f"{sizes} fused, {rows} rows", found, again, truth)]
 
 
 @torch.no_grad()

@@ -94,8 +94,7 @@ def decode_job(
     compact: bool = False,
     experts: bool = False,
 ) -> Job:
-    longest = configurations.LONGEST_CHUNKS[rows] if form == "mma" else configurations.CHUNKS[-1]
-    block = block or longest
+    block = block or configurations.longest_chunk(form, rows)
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
     constants = {

@@ -12,6 +12,7 @@ from grinqh_ao.ops.triton.configurations import (
     chunk_length,
     compiled_rows,
     few,
+    longest_chunk,
 )
 from grinqh_ao.ops.triton.decode_mma import memory_bytes
 
@@ -37,12 +38,11 @@ def test_what_sweeps_on_an_h100_led_to(tiles, k, chunk, are_few):
 
 @pytest.mark.parametrize(("form", "rows"), [("mma", 1), ("mma", 3), ("mma", 8), ("fma", 8)])
 def test_short_chunks_are_for_layers_that_leave_a_gpu_room(form, rows):
-    longest = LONGEST_CHUNKS[compiled_rows(form, rows)] if form == "mma" else CHUNKS[-1]
     for tiles in (1, 3, 8, 20, 400):
         for k in (1, 64, 700, 4096, 100_000):
             chunk = chunk_length(H100, tiles, k, form, rows)
             assert chunk in CHUNKS
-            if chunk < longest:
+            if chunk < longest_chunk(form, rows):
                 assert tiles * -(-k // chunk) <= PROGRAMS * 132
 
 

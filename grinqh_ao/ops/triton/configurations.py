@@ -37,6 +37,10 @@ def compiled_rows(form: str, rows: int) -> int:
     return 4 if (form, power) == ("mma", 2) else power
 
 
+def longest_chunk(form: str, rows: int) -> int:
+    return LONGEST_CHUNKS[compiled_rows(form, rows)] if form == "mma" else CHUNKS[-1]
+
+
 def chunk_length(gpu: Gpu, tiles: int, k: int, form: str, rows: int) -> int:
     """Channels per program.
 
@@ -46,7 +50,7 @@ def chunk_length(gpu: Gpu, tiles: int, k: int, form: str, rows: int) -> int:
         form: of the kernel, mma or fma.
         rows: of activations.
     """
-    longest = LONGEST_CHUNKS[compiled_rows(form, rows)] if form == "mma" else CHUNKS[-1]
+    longest = longest_chunk(form, rows)
     for chunk in CHUNKS:
         splits = -(-k // chunk)
         if splits <= SPLITS and tiles * splits <= PROGRAMS * gpu.multiprocessors:
