@@ -226,6 +226,7 @@ def report(job: Job) -> dict[str, Any]:
         "shared": shared + compiled.metadata.shared,  # declared by the kernel, and Triton's own
         "local": local,
         "all": _count(instructions),
+        "before_waiting": _count(_before_waiting(instructions)),
         "loops": [
             _count([i for i in instructions if start <= i[0] <= end])
             for start, end in _loops(instructions)
@@ -276,6 +277,12 @@ def _loops(instructions: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
     )
 
 
+def _before_waiting(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    """Those that run while the kernel in front may still be running."""
+    waits = [address for address, op, _ in instructions if op == "ACQBULK"]
+    return [i for i in instructions if i[0] < min(waits, default=0)]
+
+
 def _count(instructions: list[tuple[int, str, str]]) -> dict[str, int]:
     names = collections.Counter(op.split(".")[0] for _, op, _ in instructions)
     full = [op for _, op, _ in instructions]
@@ -288,6 +295,8 @@ def _count(instructions: list[tuple[int, str, str]]) -> dict[str, int]:
         "exchanges": names["STS"] + names["SHFL"] + names["BAR"],
         "spills": names["STL"] + names["LDL"],
         "flushing": sum(op.startswith("FFMA") and ".FTZ" in op for op in full),
+        "loads": names["LDG"],
+        "prefetches": names["CCTL"],
         "loads_128_bit": sum(op.startswith("LDG") and ".128" in op for op in full),
         "stores_128_bit": sum(op.startswith("STG") and ".128" in op for op in full),
         "loads_of_others": sum(op.startswith("LDG") and ".STRONG.GPU" in op for op in full),

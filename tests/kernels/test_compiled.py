@@ -114,6 +114,16 @@ def test_words_are_loaded_in_vectors_and_stay_in_registers(decoders):
             assert loop["shared_loads"] <= most, report
 
 
+def test_only_prefetches_do_not_wait_for_the_kernel_in_front(decoders):
+    """On tensor cores, but for experts: what those are, other kernels find out."""
+    for report in decoders:
+        early = report["before_waiting"]
+        waits = report["capability"] >= 90 and "mma" in report["form"]
+        assert (early["prefetches"] > 0) == (waits and "experts" not in report["form"]), report
+        assert early["loads"] == 0, report
+        assert (early["instructions"] > 0) == (report["capability"] >= 90), report
+
+
 def test_lanes_hold_the_fragments_that_tensor_cores_expect(decoders):
     """Thread i has row i; what else there is it holds in registers."""
     for report in decoders:

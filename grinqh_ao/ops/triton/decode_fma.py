@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from grinqh_ao.ops.triton.combine import combine
+from grinqh_ao.ops.triton.lines import words_of
 from grinqh_ao.ops.triton.lists import (
     build_lists,
     decode_scale,
@@ -21,7 +22,6 @@ from grinqh_ao.ops.triton.lists import (
     merge,
     scale_codes_of,
     scaled,
-    words_of,
     x_of,
 )
 from grinqh_ao.ops.triton.members import pick, work_of_program

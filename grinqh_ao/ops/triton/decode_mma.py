@@ -17,6 +17,7 @@ from grinqh_ao.ops.triton.fragments import (
     pairs_to_singles,
     single_unit,
 )
+from grinqh_ao.ops.triton.lines import prefetch, prefetch_unseen, words_of
 from grinqh_ao.ops.triton.lists import (
     build_lists,
     decode_scale,
@@ -26,11 +27,9 @@ from grinqh_ao.ops.triton.lists import (
     has_pairs,
     has_singles,
     merge,
-    prefetch,
     row_scale_at,
     scale_codes_of,
     scaled,
-    words_of,
     x_of,
 )
 from grinqh_ao.ops.triton.members import pick, work_of_program
@@ -48,6 +47,9 @@ TOP = tl.constexpr(14)
 # That a lane reads in a step; a pair has two.
 LINES = tl.constexpr(4)
 WARPS = tl.constexpr(configurations.WARPS)
+# Channels of a program whose top slices are asked for before activations are known.
+UNSEEN = tl.constexpr(64)
+UNSEEN_OF_FEW = tl.constexpr(128)
 # Entries of a step of a program.
 PAIRS = tl.constexpr(2 * LINES.value * WARPS.value)
 SINGLES = tl.constexpr(2 * PAIRS.value)
@@ -232,8 +234,9 @@ def decode_mma_kernel(
     EARLY: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    if EARLY:  # launched while the kernel in front of this one ends; nothing is read before
-        tl.extra.cuda.gdc_wait()
+    if EARLY:  # launched while the kernel in front of this one ends
+        if experts is not None:
+            tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
@@ -253,12 +256,16 @@ def decode_mma_kernel(
         memory = allocate(SIZE + BLOCK // 4)  # and the counts that places in lists come from
     else:
         memory += program * SIZE
-    if not INTERPRET:  # they are read at the very end
-        line = tl.arange(0, TILE // 32)
-        address = (this + row_scale_at(k) + tile_of_weight * TILE).to(tl.int64)
-        prefetch(address + 128 * line, tile_of_weight * TILE + 32 * line < pick(member, n))
     first = split * chunk
     last = tl.minimum(first + chunk, k)
+    if not INTERPRET:
+        row_scale = this + row_scale_at(k) + tile_of_weight * TILE
+        prefetch_unseen(
+            slices, scales, this, row_scale, pick(member, n) - tile_of_weight * TILE, first, last,
+            LEVELS, WORDS, UNSEEN_OF_FEW if FEW else UNSEEN,
+        )  # fmt: skip
+    if EARLY:  # what comes so far does not depend on any other kernel
+        tl.extra.cuda.gdc_wait()
     num_pairs, num_singles, exponents = build_lists(
         x, slices, scales, this, None if low is None else pick(member, low), mean, memory,
         memory + SIZE, None, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PAIRS,

@@ -21,23 +21,26 @@ import triton
 import triton.language as tl
 
 from grinqh_ao import vectors as layout
+from grinqh_ao.ops.triton.lines import (
+    SENSITIVITY_AT,
+    high_lines,
+    low_lines,
+    place_of,
+    prefetch,
+    words_of,
+)
 from grinqh_ao.ops.triton.ranks import rank
 from grinqh_ao.ops.triton.shared import store_16_bytes, store_float
-from grinqh_ao.slices import HIGH_SLICES
 
 # A scale code c stands for 2 ** ((c - 255) / 16), and 0 for 0: see codec.decode_scales.
 OCTAVE = tl.constexpr(1 / 16)
 TOP_OCTAVE = tl.constexpr(-255 / 16)
 # (a & ~mask) | (b & mask); the last number is the truth table of that.
 SELECT = tl.constexpr("lop3.b32 $0, $1, $2, 0x33333333, 0xd8;")
-PREFETCH_LINE = tl.constexpr(
-    "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}"
-)
-# Of a chunk, whose lines are asked for before there are lists.
+# Of a chunk, whose second lines are asked for before there are lists.
 EARLY_CHANNELS = tl.constexpr(64)
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 GAINS_AT = tl.constexpr(layout.GAINS_AT)
-SENSITIVITY_AT = tl.constexpr(layout.SENSITIVITY_AT)
 
 
 @triton.constexpr_function
@@ -48,17 +51,6 @@ def has_pairs(levels):
 @triton.constexpr_function
 def has_singles(levels):
     return 2 in levels or 6 in levels
-
-
-@triton.constexpr_function
-def high_lines(levels):
-    """Lines of a channel among the high ones: see slices.py."""
-    return min(max(levels) // 2, HIGH_SLICES)
-
-
-@triton.constexpr_function
-def low_lines(levels):
-    return max(max(levels) // 2 - HIGH_SLICES, 0)
 
 
 @triton.jit
@@ -79,12 +71,12 @@ def mean_magnitude(x, sensitivity, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def slices_of(magnitude, thresholds, mean, LEVELS: tl.constexpr):
+def slices_of(magnitude, absolute, relative, mean, LEVELS: tl.constexpr):
     """Slices to read of every channel: ``grading.grade``, in slices."""
     STEPS: tl.constexpr = len(LEVELS) - 1
     slices = tl.zeros_like(magnitude).to(tl.int32) + LEVELS[STEPS] // 2
     for j in tl.static_range(STEPS - 1, -1, -1):
-        threshold = tl.load(thresholds + j) + tl.load(thresholds + STEPS + j) * mean
+        threshold = absolute[j] + relative[j] * mean
         threshold = tl.where(threshold > FLOAT32_MAX, FLOAT32_MAX, threshold)
         # False for NaN, which is to be read at the highest level.
         slices = tl.where(magnitude <= threshold, LEVELS[j] // 2, slices)
@@ -146,20 +138,6 @@ def scale_codes_of(entry):
 
 
 @triton.jit
-def place_of(line, WORDS: tl.constexpr):
-    """Where a line is, in bytes from the beginning of a tile; unsigned, though in an int32."""
-    return (line.to(tl.uint32) * (4 * WORDS)).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def words_of(words, place, WORDS: tl.constexpr):
-    """Pointers to the words of lines; unsigned bytes are added with the fewest instructions."""
-    offset = place.to(tl.uint32, bitcast=True).to(tl.int64)
-    offset = tl.multiple_of(offset, [4 * WORDS] * len(place.shape))
-    return (words.to(tl.pointer_type(tl.int8)) + offset).to(tl.pointer_type(tl.int32))
-
-
-@triton.jit
 def load_scale_codes(scales, channel, mask, WORDS: tl.constexpr):
     """All scale codes of channels, a byte each, as int64."""
     if WORDS == 32:
@@ -171,14 +149,6 @@ def load_scale_codes(scales, channel, mask, WORDS: tl.constexpr):
     else:
         codes = tl.load(scales + channel, mask=mask, other=0)
     return codes.to(tl.int64)
-
-
-@triton.jit
-def prefetch(address, mask):
-    """Asks for the 128 bytes at an int64 address to be brought into the L2 cache."""
-    tl.inline_asm_elementwise(
-        PREFETCH_LINE, "=r,l,r", [address, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -226,7 +196,6 @@ def build_lists(
     """
     ENTRY: tl.constexpr = entry_bytes(ROWS)
     STEPS: tl.constexpr = len(LEVELS) - 1
-    thresholds = vectors
     sensitivity = vectors + SENSITIVITY_AT
     channel = first + tl.arange(0, BLOCK)
     inside = channel < last
@@ -241,9 +210,13 @@ def build_lists(
     gain_4 = tl.load(vectors + (GAINS_AT + 1))
     gain_6 = tl.load(vectors + (GAINS_AT + 2))
     gain_8 = tl.load(vectors + (GAINS_AT + 3))
-    relative = 0.0
+    absolute = ()
+    relative = ()
+    all_relative = 0.0
     for j in tl.static_range(STEPS):
-        relative += tl.load(thresholds + STEPS + j)
+        absolute = absolute + (tl.load(vectors + j),)
+        relative = relative + (tl.load(vectors + STEPS + j),)
+        all_relative += relative[j]
 
     # Several rows share what is read: a channel's level is the highest that any of them asks for.
     slices = tl.zeros((BLOCK,), tl.int32)
@@ -252,12 +225,12 @@ def build_lists(
         mask = inside & (r < rows)
         value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32)
         mean = 0.0
-        if (relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
+        if (all_relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
             if known_mean is None:
                 mean = mean_magnitude(x + r * k, sensitivity, k, MEAN_BLOCK)
             else:
                 mean = tl.load(known_mean + r)
-        wanted = slices_of(tl.abs(value) * weighs, thresholds, mean, LEVELS)
+        wanted = slices_of(tl.abs(value) * weighs, absolute, relative, mean, LEVELS)
         slices = tl.maximum(slices, tl.where(mask, wanted, 0))
     if low is not None:
         slices = tl.where(low_line < 0, tl.minimum(slices, high_lines(LEVELS)), slices)
@@ -267,9 +240,8 @@ def build_lists(
     place = place_of(channel * high_lines(LEVELS), WORDS)
     if SHARED and ROWS == 1:  # on their way while lists are written
         soon = tl.arange(0, BLOCK) < EARLY_CHANNELS
-        line = words_of(words, place, WORDS).to(tl.int64)
-        prefetch(line, soon & (slices > 0))
-        prefetch(line + 4 * WORDS, soon & (slices > 1))
+        second = words_of(words + WORDS, place, WORDS)
+        prefetch(second.to(tl.int64), soon & (slices > 1))
 
     # Several rows have each a largest magnitude of their own, below.
     magnitude = finite_magnitude(value) if ROWS == 1 else tl.zeros((BLOCK,), tl.float32)
