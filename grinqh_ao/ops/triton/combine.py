@@ -53,6 +53,9 @@ def combine(
             row_scale += tl.load(experts + slot) * (row_scale_at(k) + outputs)
             to += slot * outputs
         scale = tl.load(row_scale + output, mask=inside, other=0)
+        offset = tl.zeros((1, TILE), tl.float32)
+        if bias is not None:
+            offset = tl.load(pick(member, bias) + output, mask=inside, other=0).to(tl.float32)
         sums = partial + tile * TILE
         for r in range(rows):
             total = tl.zeros((1, TILE), tl.float32)
@@ -66,7 +69,5 @@ def combine(
                         other=0,
                         cache_modifier=".cg",
                     )
-            total *= scale
-            if bias is not None:
-                total += tl.load(pick(member, bias) + output, mask=inside, other=0).to(tl.float32)
+            total = total * scale + offset
             tl.store(to + r * outputs, total.to(to.dtype.element_ty), mask=inside)

@@ -234,9 +234,8 @@ def decode_mma_kernel(
     EARLY: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    if EARLY:  # launched while the kernel in front of this one ends
-        if experts is not None:
-            tl.extra.cuda.gdc_wait()
+    if EARLY and experts is not None:  # what they are, the kernel in front may have to find out
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     all_tiles = tl.num_programs(0)
@@ -264,7 +263,7 @@ def decode_mma_kernel(
             slices, scales, this, row_scale, pick(member, n) - tile_of_weight * TILE, first, last,
             LEVELS, WORDS, UNSEEN_OF_FEW if FEW else UNSEEN,
         )  # fmt: skip
-    if EARLY:  # what comes so far does not depend on any other kernel
+    if EARLY:  # launched while the kernel in front ends; weights do not depend on that
         tl.extra.cuda.gdc_wait()
     num_pairs, num_singles, exponents = build_lists(
         x, slices, scales, this, None if low is None else pick(member, low), mean, memory,
