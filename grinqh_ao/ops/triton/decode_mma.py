@@ -47,7 +47,8 @@ TOP = tl.constexpr(14)
 # That a lane reads in a step; a pair has two.
 LINES = tl.constexpr(4)
 WARPS = tl.constexpr(configurations.WARPS)
-# Channels of a program whose top slices are asked for before activations are known.
+# Channels of a program whose top slices are asked for before activations are known: about what an
+# H100's memory brings until then, and most of them will be read.
 UNSEEN = tl.constexpr(64)
 UNSEEN_OF_FEW = tl.constexpr(128)
 # Entries of a step of a program.

@@ -51,10 +51,10 @@ def prefetch(address, mask):
 
 
 @triton.jit
-def prefetch_range(start, end):
-    """Asks for what lies between two pointers, 16 KiB at most."""
-    address = start.to(tl.int64) + CACHE_LINE * tl.arange(0, THREADS)
-    prefetch(address, address < end.to(tl.int64))
+def prefetch_range(start, size):
+    """Asks for so many bytes from a pointer on, 16 KiB at most."""
+    offset = CACHE_LINE * tl.arange(0, THREADS)
+    prefetch(start.to(tl.int64) + offset, offset < size)
 
 
 @triton.jit
@@ -75,12 +75,13 @@ def prefetch_unseen(
     First what lists are made of, because they are waited for. Then, as the memory has nothing else
     to do, the top slices of the first CHANNELS channels: most of them will be read.
     """
-    prefetch_range(vectors, vectors + 1)
-    prefetch_range(vectors + SENSITIVITY_AT + first, vectors + SENSITIVITY_AT + last)
-    prefetch_range(scales + first * (WORDS // 4), scales + last * (WORDS // 4))
+    channels = last - first
+    prefetch_range(vectors, 4 * SENSITIVITY_AT)
+    prefetch_range(vectors + SENSITIVITY_AT + first, 4 * channels)
+    prefetch_range(scales + first * (WORDS // 4), channels * (WORDS // 4))
     tl.static_assert(CHANNELS <= THREADS)
     index = tl.arange(0, THREADS)
     place = place_of((first + index) * high_lines(LEVELS), WORDS)
-    wanted = (index < CHANNELS) & (first + index < last)
+    wanted = index < tl.minimum(channels, CHANNELS)
     prefetch(words_of(words, place, WORDS).to(tl.int64), wanted)
-    prefetch_range(row_scale, row_scale + tl.minimum(outputs, 16 * WORDS))  # for the very end
+    prefetch_range(row_scale, 4 * tl.minimum(outputs, 16 * WORDS))  # for the very end
