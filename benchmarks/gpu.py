@@ -48,7 +48,7 @@ SECTIONS: list[tuple[str, Callable[[], object], int]] = [
     ("rows", kernels.rows, 30),
     ("experts", experts.speed, 30),
     ("llama_8b", models.llama, 90),
-    ("sweep", sweep.sweep, 30),
+    ("sweep", sweep.sweep, 60),
     ("compiled_generation", checks.compiled_generation, 60),
     ("qwen3_8b", models.qwen3, 90),
 ]

@@ -58,10 +58,11 @@ def test_kernels(monkeypatch):
 
 def test_sweep(monkeypatch):
     monkeypatch.setattr(sweep, "SHAPES", [(64, 32)])
-    monkeypatch.setattr(sweep, "launches", lambda ws, x, chunk: kernels.linears(ws, x))
-    assert len(sweep.jobs()) == len(sweep.CHUNKS)
+    monkeypatch.setattr(sweep, "launches", lambda ws, x, variant: kernels.linears(ws, x))
+    assert len(sweep.jobs()) == len(sweep.VARIANTS)
     (row,) = sweep.sweep()
-    assert len(row["us"]) == 3 * len(sweep.CHUNKS)
+    assert list(row["us"]) == list(sweep.VARIANTS)
+    assert all(len(times) == 4 for times in row["us"].values())
 
 
 def test_rows_and_fused_projections(monkeypatch):

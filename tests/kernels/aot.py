@@ -95,6 +95,7 @@ def decode_job(
     experts: bool = False,
 ) -> Job:
     block = block or configurations.longest_chunk(form, rows)
+    chosen = configurations.of_programs(capability, form, rows, words, block, few)
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
     floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
     constants = {
@@ -104,7 +105,7 @@ def decode_job(
         "BLOCK": block,
         "MEAN_BLOCK": mean_block,
         "SPLITS_AT_ONCE": splits_at_once,
-        "EARLY": capability >= configurations.LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
+        "EARLY": chosen.early,
         "INTERPRET": False,
         "mean": None,
     } | ({} if compact else {"low": None})
@@ -113,7 +114,7 @@ def decode_job(
     else:
         constants["experts"] = None
     if form == "mma":
-        constants |= {"FEW": few, "memory": None}
+        constants |= {"FEW": chosen.few, "UNSEEN": chosen.unseen, "memory": None}
         lines = decode_mma.LINES.value
         entries = (2 * lines, 4 * lines)
     else:
@@ -134,7 +135,7 @@ def decode_job(
         constants,
         capability,
         configurations.WARPS,
-        configurations.registers(capability, form, rows, words, few),
+        chosen.registers,
         work,
     )
 

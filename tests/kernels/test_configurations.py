@@ -11,7 +11,7 @@ from grinqh_ao.ops.triton.configurations import (
     Gpu,
     chunk_length,
     compiled_rows,
-    few,
+    configure,
     longest_chunk,
 )
 from grinqh_ao.ops.triton.decode_mma import memory_bytes
@@ -20,7 +20,7 @@ H100 = Gpu(90, 132)
 
 
 @pytest.mark.parametrize(
-    ("tiles", "k", "chunk", "are_few"),
+    ("tiles", "k", "chunk", "few"),
     [
         (2, 4096, 128, True),
         (8, 4096, 256, True),
@@ -31,9 +31,12 @@ H100 = Gpu(90, 132)
         (251, 4096, 512, False),
     ],
 )
-def test_what_sweeps_on_an_h100_led_to(tiles, k, chunk, are_few):
-    assert chunk_length(H100, tiles, k, "mma", 1) == chunk
-    assert few(H100, tiles * -(-k // chunk)) == are_few
+def test_what_sweeps_on_an_h100_led_to(tiles, k, chunk, few):
+    chosen = configure(H100, "mma", 1, 32, tiles, k)
+    assert chosen[:2] == (chunk, few)
+    assert chosen.early
+    assert chosen.registers == (None if few else 128)
+    assert 0 < chosen.unseen <= chunk
 
 
 @pytest.mark.parametrize(("form", "rows"), [("mma", 1), ("mma", 3), ("mma", 8), ("fma", 8)])

@@ -9,13 +9,13 @@ pytest.importorskip("triton")
 
 import plain
 from grinqh_ao import GrinqhTensor
-from grinqh_ao.ops.triton.configurations import Gpu
+from grinqh_ao.ops.triton import decode as launching
+from grinqh_ao.ops.triton.configurations import Configuration, Gpu
 from grinqh_ao.ops.triton.decode import Weight, launch
 from grinqh_ao.ops.triton.lists import SELECT
 from grinqh_ao.slices import drop_low
 from plain import absolute, laplace
 
-H100 = Gpu(90, 132)
 LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
 # Of the largest output. Tensor cores take activations times scales in float16.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -28,10 +28,8 @@ def decode_together(x, weights, biases, chunk=None, mean=None):
         Weight(w.slices, w.scales, w.vectors, bias, w.low)
         for w, bias in zip(weights, biases, strict=True)
     ]
-    chunk = chunk or x.shape[-1]
-    found = launch(
-        x, arguments, weights[0].levels, chunk, counters, H100, mean=mean, interpret=True
-    )
+    cut = Configuration(chunk or x.shape[-1])
+    found = launch(x, arguments, weights[0].levels, cut, counters, mean=mean, interpret=True)
     assert not counters.any()  # as the next launch needs them
     return found
 
@@ -232,10 +230,48 @@ def test_experts(n, dtype):
     x = laplace(3, 40).to(dtype)
     arguments = Weight(stack.slices, stack.scales, stack.vectors, None, None)
     counters = torch.zeros(3 * stack.slices.shape[1], dtype=torch.int32)
-    (found,) = launch(x, [arguments], stack.levels, 25, counters, H100, experts, interpret=True)
+    cut = Configuration(chunk=25)
+    (found,) = launch(x, [arguments], stack.levels, cut, counters, experts, interpret=True)
     assert not counters.any()
     for row, y, expert in zip(x, found, experts, strict=True):
         assert torch.equal(y[None], decode(row[None], weights[expert], chunk=25))
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """What an H100 would be asked for, interpreted; the configurations that were chosen."""
+    chosen = []
+
+    def interpreted(x, weights, levels, configuration, counters, *args, **kwargs):
+        chosen.append(configuration)
+        late = configuration._replace(early=False)
+        return launch(x, weights, levels, late, counters, *args, **kwargs, interpret=True)
+
+    zeros = lambda tiles, device: torch.zeros(tiles, dtype=torch.int32)  # noqa: E731
+    monkeypatch.setattr(launching, "gpu_of", lambda index: Gpu(90, 132))
+    monkeypatch.setattr(launching, "arrivals", zeros)
+    monkeypatch.setattr(launching, "launch", interpreted)
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_ops_launch(h100, dtype):
+    x = laplace(2, 300).to(dtype)
+    weights = [GrinqhTensor.from_hp(torch.randn(n, 300), 3) for n in (520, 300)]
+    arguments = [Weight(w.slices, w.scales, w.vectors, None, w.low) for w in weights]
+    found = launching.decode_linears(x, arguments, weights[0].levels)
+    for y, weight in zip(found, weights, strict=True):
+        expected = plain.decode_rows(x, weight, None)
+        allowed = TOLERANCE[dtype] * float(expected.abs().max())
+        assert float((y.double() - expected).abs().max()) <= allowed
+
+    stack = GrinqhTensor.stack([weights[1], weights[1]])
+    experts = Weight(stack.slices, stack.scales, stack.vectors, None, None)
+    routed = launching.decode_experts(x, torch.tensor([1, 0]), experts, stack.levels)
+    for row, y in zip(x, routed, strict=True):
+        assert torch.equal(y[None], decode(row[None], weights[1], chunk=128))
+    assert [each[:2] for each in h100] == [(128, True)] * 2
+    assert all(each.early and each.unseen for each in h100)
 
 
 def test_each_row_grades_with_its_own_mean():

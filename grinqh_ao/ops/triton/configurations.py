@@ -20,15 +20,27 @@ LONGEST_CHUNKS = {1: 512, 4: 512, 8: 256}
 # needs the mean of a row of activations reads all of it.
 PROGRAMS = 1.5
 SPLITS = 32
-# On each multiprocessor, up to which programs prefetch all along: others keep enough in flight.
+# On each multiprocessor, up to which programs are few: they do not keep enough in flight.
 FEW_PROGRAMS = 2.5
-# Programmatic dependent launch: programs get ready while the kernel in front of theirs ends.
+# About what an H100's memory brings before activations are known; most of it will be read.
+UNSEEN = 64
+UNSEEN_OF_FEW = 128
 LEAST_CAPABILITY_FOR_EARLY_LAUNCH = 90
 
 
 class Gpu(NamedTuple):
     capability: int  # 10 * major + minor, 80 at least
     multiprocessors: int
+
+
+class Configuration(NamedTuple):
+    """Of a launch: its programs, and what they do ahead of time."""
+
+    chunk: int  # channels of a program
+    few: bool = False  # programs: they prefetch all along, and words may stay in the L2 cache
+    unseen: int = 0  # channels whose top slices are asked for before activations are known
+    registers: int | None = None  # per thread at most; None where the compiler's choice is right
+    early: bool = False  # programmatic dependent launch, while the kernel in front ends
 
 
 def compiled_rows(form: str, rows: int) -> int:
@@ -58,20 +70,40 @@ def chunk_length(gpu: Gpu, tiles: int, k: int, form: str, rows: int) -> int:
     return longest
 
 
-def few(gpu: Gpu, programs: int) -> bool:
-    return programs <= FEW_PROGRAMS * gpu.multiprocessors
+def configure(
+    gpu: Gpu, form: str, rows: int, words: int, tiles: int, k: int, chunk: int | None = None
+) -> Configuration:
+    """What a launch is run with.
+
+    Args:
+        form: of the kernel, mma or fma.
+        rows: of activations.
+        words: of a line.
+        tiles: of all weights in the launch, or of all slots of experts.
+        k: channels.
+        chunk: instead of the right one.
+    """
+    chunk = chunk or chunk_length(gpu, tiles, k, form, rows)
+    few = tiles * -(-k // chunk) <= FEW_PROGRAMS * gpu.multiprocessors
+    return of_programs(gpu.capability, form, compiled_rows(form, rows), words, chunk, few)
+
+
+def of_programs(
+    capability: int, form: str, rows: int, words: int, chunk: int, few: bool
+) -> Configuration:
+    """The rest of a configuration; ``rows`` as compiled."""
+    return Configuration(
+        chunk,
+        few,
+        UNSEEN_OF_FEW if few else UNSEEN,
+        registers(capability, form, rows, words, few),
+        capability >= LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
+    )
 
 
 def registers(capability: int, form: str, rows: int, words: int, few: bool) -> int | None:
-    """Per thread at most; None where the compiler's own choice is right.
-
-    Found by compiling; the tests hold what comes of them. Where bandwidth is high, a fourth program
-    on each multiprocessor is worth some spills, hardly any of them in a loop.
-
-    Args:
-        rows: as compiled.
-        words: of a line.
-    """
+    """Found by compiling; the tests hold what comes of them. Where bandwidth is high, a fourth
+    program on each multiprocessor is worth some spills, hardly any of them in a loop."""
     if (form, rows, words) == ("mma", 1, 32) and capability in (80, 90) and not few:
         return 128
     return 168 if (form, rows, words) == ("fma", 1, 32) else None

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from grinqh_ao.ops.triton.arrivals import MOST_TILES, arrivals
 from grinqh_ao.ops.triton.configurations import (
-    LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
     WARPS,
+    Configuration,
     Gpu,
-    chunk_length,
     compiled_rows,
-    few,
-    registers,
+    configure,
 )
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
 from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel, memory_bytes
@@ -77,10 +75,8 @@ def decode_linears(
     gpu = gpu_of(x.device.index)
     tiles = sum(weight.slices.shape[0] for weight in weights)
     k, words = x.shape[-1], weights[0].slices.shape[2]
-    form = form_of(x, words)
-    chunk = chunk_length(gpu, tiles, k, form, x.numel() // k)
-    counters = arrivals(tiles, x.device)
-    return launch(x, weights, levels, chunk, counters, gpu, mean=mean)
+    chosen = configure(gpu, form_of(x, words), x.numel() // k, words, tiles, k)
+    return launch(x, weights, levels, chosen, arrivals(tiles, x.device), mean=mean)
 
 
 def supports_experts(x: Tensor, weights: Weight) -> bool:
@@ -98,9 +94,8 @@ def decode_experts(x: Tensor, experts: Tensor, weights: Weight, levels: Sequence
     gpu = gpu_of(x.device.index)
     slots, k = x.shape
     tiles, words = slots * weights.slices.shape[1], weights.slices.shape[3]
-    chunk = chunk_length(gpu, tiles, k, form_of(x, words), 1)
-    counters = arrivals(tiles, x.device)
-    return launch(x, [weights], levels, chunk, counters, gpu, experts)[0]
+    chosen = configure(gpu, form_of(x, words), 1, words, tiles, k)
+    return launch(x, [weights], levels, chosen, arrivals(tiles, x.device), experts)[0]
 
 
 def form_of(x: Tensor, words: int) -> str:
@@ -111,16 +106,16 @@ def launch(
     x: Tensor,
     weights: Sequence[Weight],
     levels: Sequence[int],
-    chunk: int,
+    configuration: Configuration,
     counters: Tensor,
-    gpu: Gpu,
     experts: Tensor | None = None,
     mean: Tensor | None = None,
     interpret: bool = False,
 ) -> list[Tensor]:
-    """Runs the kernel with chunks of a given length, on a device or in the interpreter.
+    """Runs the kernel, on a device or in the interpreter.
 
     Args:
+        counters: see ``arrivals.py``.
         experts: int64 [S]; then there is one weight, a stack, and row s of ``x`` [S, K] is
             multiplied with the one at experts[s].
         mean: float32 [rows] or None, as in the oracle.
@@ -133,6 +128,7 @@ def launch(
     rows_compiled = compiled_rows(form, rows)
     tiles = tuple(weight.slices.shape[-3] for weight in weights)
     all_tiles, tile = sum(tiles), 16 * words
+    chunk = configuration.chunk
     splits = -(-k // chunk)
     programs = slots * splits * all_tiles
     block = triton.next_power_of_2(chunk)
@@ -150,21 +146,19 @@ def launch(
         )
     out = tuple(x.new_empty(*x.shape[:-1], size) for size in n)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    are_few = few(gpu, programs)
     own: dict[str, bool | int]  # what only this form takes
     if mma:
         scratch = [None]  # on chip
         if interpret:
             size = memory_bytes(levels, block, rows_compiled, words)
             scratch = [torch.empty(programs * size, dtype=torch.int8)]
-        own = {"FEW": are_few}
+        own = {"FEW": configuration.few, "UNSEEN": configuration.unseen}
     else:
         capacity = 3 * chunk + 2 * entries_at_once(words)  # entries of a program, with padding
         entries = programs * capacity * entry_bytes(rows_compiled)
         scratch = [torch.empty(entries, dtype=torch.int8, device=x.device)]
         scratch.append(floats(programs * rows_compiled * (capacity + 1) * (words // 4)))
         own = {"capacity": capacity}
-    early = gpu.capability >= LEAST_CAPABILITY_FOR_EARLY_LAUNCH and not interpret
     kernel = decode_mma_kernel if mma else decode_fma_kernel
     kernel[(all_tiles, splits, slots)](
         x.contiguous(),
@@ -191,11 +185,11 @@ def launch(
         BLOCK=block,
         MEAN_BLOCK=min(triton.next_power_of_2(k), LARGEST_MEAN_BLOCK),
         SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SPLITS_AT_ONCE),
-        EARLY=early,
+        EARLY=configuration.early,
         INTERPRET=interpret,
         **own,
         num_warps=WARPS,
-        maxnreg=registers(gpu.capability, form, rows_compiled, words, are_few),
-        launch_pdl=early,
+        maxnreg=configuration.registers,
+        launch_pdl=configuration.early,
     )
     return list(out)

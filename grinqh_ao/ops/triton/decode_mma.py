@@ -47,10 +47,6 @@ TOP = tl.constexpr(14)
 # That a lane reads in a step; a pair has two.
 LINES = tl.constexpr(4)
 WARPS = tl.constexpr(configurations.WARPS)
-# Channels of a program whose top slices are asked for before activations are known: about what an
-# H100's memory brings until then, and most of them will be read.
-UNSEEN = tl.constexpr(64)
-UNSEEN_OF_FEW = tl.constexpr(128)
 # Entries of a step of a program.
 PAIRS = tl.constexpr(2 * LINES.value * WARPS.value)
 SINGLES = tl.constexpr(2 * PAIRS.value)
@@ -231,7 +227,8 @@ def decode_mma_kernel(
     BLOCK: tl.constexpr,
     MEAN_BLOCK: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr,
-    FEW: tl.constexpr,  # programs on a multiprocessor: lines are prefetched further ahead
+    FEW: tl.constexpr,  # see configurations.py
+    UNSEEN: tl.constexpr,
     EARLY: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -262,7 +259,7 @@ def decode_mma_kernel(
         row_scale = this + row_scale_at(k) + tile_of_weight * TILE
         prefetch_unseen(
             slices, scales, this, row_scale, pick(member, n) - tile_of_weight * TILE, first, last,
-            LEVELS, WORDS, UNSEEN_OF_FEW if FEW else UNSEEN,
+            LEVELS, WORDS, UNSEEN,
         )  # fmt: skip
     if EARLY:  # launched while the kernel in front ends; weights do not depend on that
         tl.extra.cuda.gdc_wait()

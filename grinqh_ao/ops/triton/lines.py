@@ -68,20 +68,20 @@ def prefetch_unseen(
     last,
     LEVELS: tl.constexpr,
     WORDS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    UNSEEN: tl.constexpr,
 ):
     """Asks for what a program will read, as far as that is known before the activations are.
 
     First what lists are made of, because they are waited for. Then, as the memory has nothing else
-    to do, the top slices of the first CHANNELS channels: most of them will be read.
+    to do, the top slices of the first UNSEEN channels: most of them will be read.
     """
     channels = last - first
     prefetch_range(vectors, 4 * SENSITIVITY_AT)
     prefetch_range(vectors + SENSITIVITY_AT + first, 4 * channels)
     prefetch_range(scales + first * (WORDS // 4), channels * (WORDS // 4))
-    tl.static_assert(CHANNELS <= THREADS)
+    tl.static_assert(UNSEEN <= THREADS)
     index = tl.arange(0, THREADS)
     place = place_of((first + index) * high_lines(LEVELS), WORDS)
-    wanted = index < tl.minimum(channels, CHANNELS)
+    wanted = index < tl.minimum(channels, UNSEEN)
     prefetch(words_of(words, place, WORDS).to(tl.int64), wanted)
     prefetch_range(row_scale, 4 * tl.minimum(outputs, 16 * WORDS))  # for the very end
