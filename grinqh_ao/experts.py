@@ -26,7 +26,7 @@ PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class ExpertLinears(nn.Module):
-    """Linear layers without bias, one per expert; each row uses one of them.
+    """Linear layers, one per expert, biases aside; each row uses one of them.
 
     Args:
         weight: a stack [E, N, K] of nested weights, or a place for one.
@@ -104,19 +104,23 @@ class ExpertLinears(nn.Module):
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Names of the 3-D parameters [E, N, K] of ``module`` that can become ExpertLinears.
+    """Names of the 3-D parameters of ``module`` that can become ExpertLinears.
 
-    Empty unless ``module`` calls its experts through transformers' interface, and they are linear
-    layers without bias whose weights are not stored transposed.
+    Empty unless ``module`` calls its experts through transformers' interface.
     """
-    unfit = ("is_transposed", "has_bias")
-    if not hasattr(module, "_apply_gate") or any(getattr(module, name, True) for name in unfit):
+    interface = ("_apply_gate", "is_transposed", "has_bias")
+    if not all(hasattr(module, name) for name in interface):
         return []
     if getattr(module, "_is_expert_parallel", False):  # its experts are elsewhere
         return []
     held = module._parameters
     found = [name for name in PROJECTIONS if (p := held.get(name)) is not None and p.dim() == 3]
     return found if len(found) == 2 else []
+
+
+def as_linears(module: Any, weight: Tensor) -> Tensor:
+    """A parameter that :func:`expert_parameters` names as linear layers have it, [E, N, K]."""
+    return weight.mT if module.is_transposed else weight
 
 
 def put_experts(module: nn.Module, name: str, weight: Tensor) -> None:
@@ -146,21 +150,25 @@ def experts_forward(
     Returns:
         [T, D], the sum over a token's experts.
     """
-    up = self.gate_up_proj if self.has_gate else self.up_proj
-    y = _project(up, hidden_states[:, None], top_k_index)
+    up = "gate_up_proj" if self.has_gate else "up_proj"
+    y = _project(self, up, hidden_states[:, None], top_k_index)
     y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-    y = _project(self.down_proj, y, top_k_index)
+    y = _project(self, "down_proj", y, top_k_index)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     return (y * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
 
-def _project(projection: Any, x: Tensor, experts: Tensor) -> Tensor:
+def _project(module: Any, name: str, x: Tensor, experts: Tensor) -> Tensor:
+    projection = getattr(module, name)
     if isinstance(projection, ExpertLinears):
         y: Tensor = projection(x, experts)
-        return y
-    # The other parameter alone was quantized.
-    return _one_by_one(projection, x.expand(*experts.shape, x.shape[-1]), experts)
+    else:  # the other parameter alone was quantized
+        weights = as_linears(module, projection)
+        y = _one_by_one(weights, x.expand(*experts.shape, x.shape[-1]), experts)
+    if module.has_bias:
+        y = y + getattr(module, f"{name}_bias")[experts].to(y.dtype)
+    return y
 
 
 def _one_by_one(weights: Tensor, x: Tensor, experts: Tensor) -> Tensor:

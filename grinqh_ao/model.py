@@ -168,7 +168,11 @@ def summary(model: nn.Module) -> Summary:
             holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
             modules.setdefault(parameter, module)
     nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}
-    matrices = {t: names[0] for t, names in holders.items() if t not in nested and t.dim() >= 2}
+    matrices = {
+        t: names[0]
+        for t, names in holders.items()
+        if t not in nested and t.dim() >= 2 and not names[0].endswith("bias")  # of all experts
+    }
     foreign = {t for t in matrices if type(t) not in (torch.Tensor, nn.Parameter)}
     body = [t for t in nested if not t.min_bits]
     others: list[torch.Tensor] = [t for t in holders if t not in nested]

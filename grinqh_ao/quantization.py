@@ -177,7 +177,9 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
     weight = layer.weight
     if weight is None or isinstance(weight, GrinqhTensor):  # tied to one done before
         return
-    nested = nested_weight(weight.to(device or weight.device), layer.config, is_head)
+    dense = layer.as_linear(weight.to(device or weight.device))
+    nested = nested_weight(dense, layer.config, is_head)
+    del dense
     # pop: lets go of the dense weight
     holders = owners.pop(weight, [(layer.name, layer.module)])
     if layer.holds_experts:

@@ -53,6 +53,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
         },
     ),
+    "gpt_oss": (  # experts with biases, stored transposed
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "mixtral": (
         "MixtralConfig",
         "MixtralForCausalLM",
@@ -69,7 +80,11 @@ def tiny_model(family: str, *, tied: bool, dtype: torch.dtype = torch.float32, *
     config_name, model_name, more = FAMILIES[family]
     options = SMALL | more | {"tie_word_embeddings": tied, "initializer_range": 0.2} | sizes
     config = getattr(transformers, config_name)(**options)
-    return getattr(transformers, model_name)(config).to(dtype).eval()
+    model = getattr(transformers, model_name)(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj_bias"):
+            nn.init.normal_(parameter)
+    return model.to(dtype).eval()
 
 
 def tiny_tokenizer(text: str) -> Any:

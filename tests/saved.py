@@ -16,6 +16,7 @@ MODELS = [
     ("gemma3", True),
     ("qwen3_moe", False),
     ("mixtral", True),
+    ("gpt_oss", False),
 ]
 IDS = torch.arange(12)[None] * 7
 

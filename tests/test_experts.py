@@ -25,8 +25,8 @@ from grinqh_ao.model import quantized_linears, quantized_modules
 from models import SMALL, layers_of, tiny_model
 from test_generation import CountOps, generate
 
-FAMILIES = ["qwen3_moe", "mixtral"]
-EXPERTS = {"qwen3_moe": 6, "mixtral": 4}
+FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]
+EXPERTS = {"qwen3_moe": 6, "mixtral": 4, "gpt_oss": 4}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -132,7 +132,7 @@ def test_greedy_tokens_are_those_of_a_plain_model(family, bits):
 
 def test_all_experts_are_quantized_and_said(family):
     model = tiny_model(family, tied=False)
-    dense = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    dense = sum(p.numel() for n, p in model.named_parameters() if "experts" in n and p.dim() == 3)
     quantize_(model, GrinqhConfig(bits=3))
     found = summary(model)
     assert "model.layers.1.mlp.experts.down_proj" in found.quantized
@@ -226,7 +226,8 @@ def test_calibration_of_experts_no_token_went_to(family, log):
     model = tiny_model(family, tied=False)
     quantize_(model, GrinqhConfig(bits=3))
     for layer in model.model.layers:  # all go to the same
-        layer.mlp.gate.weight.data.zero_()
+        router = layer.mlp.router if family == "gpt_oss" else layer.mlp.gate
+        router.weight.data.zero_()
     calibrate(model, torch.randint(0, 320, (1, 64)), bits=3, importance=False)
     assert "saw no token and keep the formula" in log.text
     stack = model.model.layers[0].mlp.experts.down_proj.weight
@@ -247,7 +248,8 @@ def test_filters_are_asked_about_a_linear_layer(family):
     linear = asked["model.layers.0.mlp.experts.down_proj"]
     assert isinstance(linear, nn.Linear)
     held = model.model.layers[0].mlp.experts
-    assert (linear.out_features, linear.in_features) == held.down_proj.shape[1:]
+    of_one = held.down_proj[0].mT if family == "gpt_oss" else held.down_proj[0]
+    assert (linear.out_features, linear.in_features) == of_one.shape
     assert isinstance(held.down_proj, nn.Parameter)
     assert isinstance(held.gate_up_proj, ExpertLinears)
     same = plain.plain_model(copy.deepcopy(model))
@@ -291,11 +293,13 @@ def test_bad_values_are_refused_before_anything_changes(family):
 
 
 def test_experts_of_another_form_are_reported(log):
-    """With biases, and stored transposed."""
-    config = transformers.GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
-    model = transformers.GptOssForCausalLM(config).eval()
+    """Those that do not go through transformers' interface."""
+    config = transformers.Llama4TextConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=1
+    )
+    model = transformers.Llama4ForCausalLM(config).eval()
     quantize_(model, GrinqhConfig(bits=3))
-    assert "in GptOssExperts: model.layers.0.mlp.experts" in log.text
+    assert "in Llama4TextExperts: model.layers.0.feed_forward.experts" in log.text
     assert any("experts" in name for name in summary(model).dense)
     model(torch.randint(0, 320, (1, 3)))
 

@@ -11,7 +11,7 @@ import plain
 from grinqh_ao import GrinqhConfig
 from models import tiny_model
 
-FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "qwen3_moe"]
+FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "qwen3_moe", "gpt_oss"]
 NEW_TOKENS = 8
 PROMPT = torch.tensor([[5, 17, 99, 5, 17, 42, 7, 5, 17, 99, 3]])
 
