@@ -1,10 +1,13 @@
 """Quantizing while transformers loads, by our config and by TorchAO's."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torchao.quantization import FqnToConfig, quantize_
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, Mxfp4Config, TorchAoConfig
 
 import grinqh_ao
 from grinqh_ao import (
@@ -29,6 +32,34 @@ def test_quantized_while_loading_is_the_same(family, tied, options, tmp_path):
     assert_alike(model, loaded)
     loaded.save_pretrained(tmp_path / "again")
     assert_alike(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+def test_gpt_oss_as_it_is_published(tmp_path):
+    """In MXFP4, which transformers takes back to bfloat16 first."""
+    model = tiny_model("gpt_oss", tied=False, dtype=torch.bfloat16, intermediate_size=64)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        e, k, n = tensors.pop(name).shape
+        codes = torch.randint(0, 256, (e, n, k // 32, 16), dtype=torch.uint8)
+        exponents = torch.randint(120, 126, (e, n, k // 32), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": exponents}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    published = Mxfp4Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=published)
+    ids = torch.randint(0, 320, (1, 12))
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+        quantize_(model, GrinqhConfig(bits=3))
+        found = model(ids).logits.float()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in grinqh_ao.summary(model).quantized
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    model.save_pretrained(tmp_path / "nested")
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path / "nested"))
 
 
 def test_what_a_config_asks_for(tmp_path):
