@@ -43,12 +43,16 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     return embedding(indices, weight)
 
 
-@GrinqhTensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
+# What other products make of a weight, as Mamba's of its time steps. Nested codes have no such
+# forms; a dense one is right for whatever follows.
+@GrinqhTensor.implements(
+    [aten.t.default, aten.transpose.int, aten.permute.default, aten.expand.default,
+     aten.unsqueeze.default, aten.mm.default, aten.mv.default]
+)  # fmt: skip
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    # Nested codes have no transposed form; a dense one is right for whatever product follows.
-    weight, *rest = args
-    transposed: Tensor = func(weight.dequantize(), *rest, **kwargs)
-    return transposed
+    dense = [a.dequantize() if isinstance(a, GrinqhTensor) else a for a in args]
+    result: Tensor = func(*dense, **kwargs)
+    return result
 
 
 @GrinqhTensor.implements(aten.select.int)

@@ -284,6 +284,20 @@ def test_transposed(weight):
         assert torch.equal(x @ transposed, x @ dense.t())
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda w: w @ torch.ones(w.shape[1]),
+        lambda w: w @ torch.ones(w.shape[1], 3),
+        lambda w: w @ torch.ones(2, w.shape[1], 3),
+        lambda w: torch.ones(2, 3, w.shape[0]) @ w,
+        lambda w: torch.einsum("nk, bk -> bn", w, torch.ones(3, w.shape[1])),
+    ],
+)
+def test_other_products_take_the_dense_path(weight, product):
+    assert torch.equal(product(weight), product(weight.dequantize()))
+
+
 def test_meta_device(weight):
     for rows in (1, 3, 9):
         y = F.linear(torch.empty(rows, 40, device="meta"), weight.to("meta"))
