@@ -88,4 +88,8 @@ def test_models(monkeypatch):
     speeds = report["tokens_per_second"]
     assert {"bf16", "grinqh 2, fused", "grinqh 3, fused"} <= set(speeds)
     assert all(speed > 0 for speed in speeds.values())
+    assert set(report["kernels_us_per_token"]) == set(speeds)
+    for times in report["kernels_us_per_token"].values():
+        assert len(times) == 1 + whole_models.MOST_KERNELS
+        assert 0 < max(us for name, us in times.items() if name != "all") <= times["all"]
     assert torch.get_default_dtype() == torch.float32

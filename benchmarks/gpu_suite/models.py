@@ -15,6 +15,7 @@ BITS = (3, 2, 4)  # the most telling first
 NEW_TOKENS = 48
 PROMPT = 32
 REPETITIONS = 3
+MOST_KERNELS = 12
 
 
 def llama() -> dict[str, Any]:
@@ -54,11 +55,23 @@ def build(model_class: Any, config: Any) -> torch.nn.Module:
 def measure(model_class: Any, config: Any) -> dict[str, Any]:
     rows: dict[str, float] = {}
     first: dict[str, float] = {}  # compiles, unless it is other bits of the same graph
-    result: dict[str, Any] = {"tokens_per_second": rows, "first_generate_seconds": first}
+    kernels: dict[str, dict[str, float]] = {}  # microseconds per token
+    result: dict[str, Any] = {
+        "tokens_per_second": rows,
+        "first_generate_seconds": first,
+        "kernels_us_per_token": kernels,
+    }
 
     def run(name: str) -> None:
         first[name], rows[name] = first_seconds_and_tokens_per_second(model)
         print(f"{name}: {rows[name]:.1f} tokens/s, at first {first[name]:.0f} s", flush=True)
+        try:
+            kernels[name] = kernels_per_token(model)
+        except Exception as error:  # no profiler here; the speeds stand
+            result["kernels"] = f"{type(error).__name__}: {error}"[:300]
+        else:
+            took, all_of_it = kernels[name]["all"], 1e6 / rows[name]
+            print(f"  kernels take {took:.0f} of {all_of_it:.0f} us a token", flush=True)
 
     model = build(model_class, config)
     run("bf16")
@@ -99,19 +112,56 @@ class Clock:
         pass
 
 
-def first_seconds_and_tokens_per_second(model: Any) -> tuple[float, float]:
-    """Of ``generate()`` with a static cache, which compiles: seconds at first, and the rate of
-    decoding after the first token."""
+class Profiler(Clock):
+    """Watches the device from the second token on, when prompt and warming up are over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        activities = torch.profiler.ProfilerActivity
+        on_gpu = timing.DEVICE == "cuda"
+        self.profile = torch.profiler.profile(
+            activities=[activities.CUDA if on_gpu else activities.CPU]
+        )
+
+    def put(self, tokens: torch.Tensor) -> None:
+        super().put(tokens)
+        if len(self.times) == 3:  # the prompt and two tokens
+            self.profile.start()
+
+    def end(self) -> None:
+        timing.wait()
+        self.profile.stop()
+
+
+def generate(model: Any, clock: Clock) -> None:
+    """With a static cache, which compiles."""
     ids = torch.randint(0, 100, (1, PROMPT), device=timing.DEVICE)
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+        cache_implementation="static", max_new_tokens=NEW_TOKENS, eos_token_id=None,
+        streamer=clock,
+    )  # fmt: skip
+
+
+def kernels_per_token(model: Any) -> dict[str, float]:
+    """Microseconds that a token's kernels take, those that take most by name; what ``generate()``
+    takes beyond "all" of them, the device waits for the host, or kernels for each other."""
+    profiler = Profiler()
+    generate(model, profiler)
+    tokens = len(profiler.times) - 3
+    kind = "self_device_time_total" if timing.DEVICE == "cuda" else "self_cpu_time_total"
+    times = {e.key: getattr(e, kind) / tokens for e in profiler.profile.key_averages()}
+    longest = sorted(times, key=lambda name: -times[name])[:MOST_KERNELS]
+    return {"all": sum(times.values())} | {name[:120]: times[name] for name in longest}
+
+
+def first_seconds_and_tokens_per_second(model: Any) -> tuple[float, float]:
+    """Of ``generate()``: seconds at first, and the rate of decoding after the first token."""
     first, best = 0.0, 0.0
     for repetition in range(1 + REPETITIONS):
         clock = Clock()
         begin = time.perf_counter()
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-            cache_implementation="static", max_new_tokens=NEW_TOKENS, eos_token_id=None,
-            streamer=clock,
-        )  # fmt: skip
+        generate(model, clock)
         if repetition == 0:
             first = time.perf_counter() - begin
         else:
