@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
 
 from grinqh_ao.linear import embedding, linear
 from grinqh_ao.parts import part
@@ -43,16 +44,26 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     return embedding(indices, weight)
 
 
-# What other products make of a weight, as Mamba's of its time steps. Nested codes have no such
-# forms; a dense one is right for whatever follows.
+# Nested codes have no such forms; a dense one is right for whatever product follows.
 @GrinqhTensor.implements(
-    [aten.t.default, aten.transpose.int, aten.permute.default, aten.expand.default,
-     aten.unsqueeze.default, aten.mm.default, aten.mv.default]
+    [aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default,
+     aten.mT.default, aten.expand.default, aten.unsqueeze.default]
 )  # fmt: skip
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    dense = [a.dequantize() if isinstance(a, GrinqhTensor) else a for a in args]
-    result: Tensor = func(*dense, **kwargs)
-    return result
+    weight, *rest = args
+    # As a view of a weight from outside of inference mode, it must come from there too.
+    with torch.inference_mode(weight.is_inference()):
+        view: Tensor = func(weight.dequantize(), *rest, **kwargs)
+    return view
+
+
+# Products other than linear layers, as Mamba's with its time steps.
+@GrinqhTensor.implements(
+    [aten.mm.default, aten.mv.default, aten.matmul.default, aten.einsum.default]
+)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    product: Tensor = func(*tree_map_only(GrinqhTensor, GrinqhTensor.dequantize, args), **kwargs)
+    return product
 
 
 @GrinqhTensor.implements(aten.select.int)

@@ -26,7 +26,7 @@ PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class ExpertLinears(nn.Module):
-    """Linear layers, one per expert, biases aside; each row uses one of them.
+    """Linear layers, one per expert, without their biases; each row uses one of them.
 
     Args:
         weight: a stack [E, N, K] of nested weights, or a place for one.
@@ -118,9 +118,17 @@ def expert_parameters(module: nn.Module) -> list[str]:
     return found if len(found) == 2 else []
 
 
-def as_linears(module: Any, weight: Tensor) -> Tensor:
-    """A parameter that :func:`expert_parameters` names as linear layers have it, [E, N, K]."""
-    return weight.mT if module.is_transposed else weight
+def expert_biases(module: nn.Module) -> list[Tensor]:
+    """Those of a module with experts, [E, N]. They stay there, dense."""
+    if not getattr(module, "has_bias", False):
+        return []
+    found = (module._parameters.get(f"{name}_bias") for name in PROJECTIONS)
+    return [bias for bias in found if bias is not None]
+
+
+def untransposed(module: nn.Module, weight: Tensor) -> Tensor:
+    """A parameter of a linear layer, or of experts, as [..., N, K] whichever way it is held."""
+    return weight.mT if getattr(module, "is_transposed", False) else weight
 
 
 def put_experts(module: nn.Module, name: str, weight: Tensor) -> None:
@@ -164,7 +172,7 @@ def _project(module: Any, name: str, x: Tensor, experts: Tensor) -> Tensor:
     if isinstance(projection, ExpertLinears):
         y: Tensor = projection(x, experts)
     else:  # the other parameter alone was quantized
-        weights = as_linears(module, projection)
+        weights = untransposed(module, projection)
         y = _one_by_one(weights, x.expand(*experts.shape, x.shape[-1]), experts)
     if module.has_bias:
         y = y + getattr(module, f"{name}_bias")[experts].to(y.dtype)

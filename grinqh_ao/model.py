@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from grinqh_ao.experts import ExpertLinears
+from grinqh_ao.experts import ExpertLinears, expert_biases
 from grinqh_ao.stepping import changing
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -105,7 +105,8 @@ class Summary:
         heads: output heads among them, with the average bits they aim at.
         tied: groups of modules that share one quantized weight.
         dense: names of the weights with two or more dimensions that are not quantized, with the
-            type of their module. Linear layers that were not selected are here too.
+            type of their module. Linear layers that were not selected are here too, the biases of
+            experts are not.
         otherwise: the same for weights of another quantizer, with the type of their tensor.
         bits: average bits per weight that all layers but heads aim at; nan if there is none.
         weights: number of quantized weights.
@@ -157,7 +158,9 @@ def summary(model: nn.Module) -> Summary:
     holders: dict[torch.Tensor, list[str]] = {}  # tensors hash by identity
     modules: dict[torch.Tensor, nn.Module] = {}
     known: dict[int, GrinqhTensor] = {}
+    biases: set[torch.Tensor] = set()
     for module_name, module in model.named_modules():
+        biases.update(expert_biases(module))
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if nn.parameter.is_lazy(parameter):
                 continue
@@ -168,14 +171,10 @@ def summary(model: nn.Module) -> Summary:
             holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
             modules.setdefault(parameter, module)
     nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}
-    matrices = {
-        t: names[0]
-        for t, names in holders.items()
-        if t not in nested and t.dim() >= 2 and not names[0].endswith("bias")  # of all experts
-    }
+    others: list[torch.Tensor] = [t for t in holders if t not in nested]
+    matrices = {t: holders[t][0] for t in others if t.dim() >= 2 and t not in biases}
     foreign = {t for t in matrices if type(t) not in (torch.Tensor, nn.Parameter)}
     body = [t for t in nested if not t.min_bits]
-    others: list[torch.Tensor] = [t for t in holders if t not in nested]
     others += {t for t in model.buffers() if not nn.parameter.is_lazy(t)}
     weights = sum(t.numel() for t in nested)
     body_weights = sum(t.numel() for t in body)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
-from grinqh_ao.experts import ExpertLinears, expert_parameters, put_experts
+from grinqh_ao.experts import ExpertLinears, expert_parameters, put_experts, untransposed
 from grinqh_ao.memory import give_back
 from grinqh_ao.model import Summary, by_type, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
@@ -177,7 +177,7 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
     weight = layer.weight
     if weight is None or isinstance(weight, GrinqhTensor):  # tied to one done before
         return
-    dense = layer.as_linear(weight.to(device or weight.device))
+    dense = untransposed(layer.module, weight.to(device or weight.device))
     nested = nested_weight(dense, layer.config, is_head)
     del dense
     # pop: lets go of the dense weight

@@ -18,7 +18,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
 
 from grinqh_ao.config import GrinqhConfig
-from grinqh_ao.experts import as_linears, expert_parameters
+from grinqh_ao.experts import expert_parameters, untransposed
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +45,6 @@ class Layer:
     @property
     def holds_experts(self) -> bool:
         return self.parameter != "weight"
-
-    def as_linear(self, weight: Tensor) -> Tensor:
-        """Its weight, which the module may hold transposed, as [N, K] or [E, N, K]."""
-        return as_linears(self.module, weight) if self.holds_experts else weight
 
     def __str__(self) -> str:
         if self.name or not isinstance(self.module, nn.Linear):
@@ -141,7 +137,7 @@ def _experts(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Linear
     """
     for parameter in expert_parameters(module):
         held = cast(Tensor, module._parameters[parameter])
-        _, out_features, in_features = as_linears(module, held).shape
+        _, out_features, in_features = untransposed(module, held).shape
         linear = nn.Linear(in_features, out_features, bias=False, device="meta")
         yield parameter, f"{name}.{parameter}" if name else parameter, linear
 

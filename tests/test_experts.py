@@ -143,6 +143,14 @@ def test_all_experts_are_quantized_and_said(family):
     assert "experts=" in repr(model)
 
 
+def test_only_biases_of_experts_are_no_weights():
+    model = nn.ModuleDict({"relative_attention_bias": nn.Embedding(4, 64), "fc": nn.Linear(64, 8)})
+    quantize_(model, GrinqhConfig(bits=3))
+    found = summary(model)
+    assert list(found.dense) == ["relative_attention_bias"]
+    assert found.all_weights == 12 * 64
+
+
 def test_only_routed_experts_are_read(family):
     model = tiny_model(family, tied=False)
     quantize_(model, GrinqhConfig(bits=3))

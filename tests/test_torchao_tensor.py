@@ -278,12 +278,15 @@ def test_flattens_as_torchao_does(weight):
         assert weight.__tensor_flatten__() == TorchAOBaseTensor.__tensor_flatten__(weight)
 
 
-def test_transposed(weight):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_transposed(weight, mode):
     x, dense = torch.randn(3, 40), weight.dequantize()
-    for transposed in (weight.t(), weight.T, weight.mT, weight.transpose(0, 1)):
-        assert torch.equal(x @ transposed, x @ dense.t())
+    with mode():
+        for transposed in (weight.t(), weight.T, weight.mT, weight.transpose(0, 1)):
+            assert torch.equal(x @ transposed, x @ dense.t())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     "product",
     [
@@ -294,8 +297,9 @@ def test_transposed(weight):
         lambda w: torch.einsum("nk, bk -> bn", w, torch.ones(3, w.shape[1])),
     ],
 )
-def test_other_products_take_the_dense_path(weight, product):
-    assert torch.equal(product(weight), product(weight.dequantize()))
+def test_other_products_take_the_dense_path(weight, product, mode):
+    with mode():
+        assert torch.equal(product(weight), product(weight.dequantize()))
 
 
 def test_meta_device(weight):

@@ -16,34 +16,50 @@ from grinqh_ao.ops.triton.arrivals import arrivals
 from grinqh_ao.ops.triton.configurations import Configuration
 
 SHAPES = [(1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)]
-# What is chosen, and that with one thing changed.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "chosen": {},
+# What is chosen; with programs of other lengths, or told otherwise whether they are few, and all
+# that comes with it; and with one thing changed.
+PROGRAMS: dict[str, dict[str, Any]] = {
     **{f"chunk {chunk}": {"chunk": chunk} for chunk in configurations.CHUNKS},
-    **{f"unseen {channels}": {"unseen": channels} for channels in (0, 32, 64, 128)},
     "few": {"few": True},
     "many": {"few": False},
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    **{f"unseen {channels}": {"unseen": channels} for channels in (0, 32, 128)},
+    "registers 128": {"registers": 128},
+    "registers free": {"registers": None},
     "not early": {"early": False},
 }
+VARIANTS = ["chosen", *PROGRAMS, *CHANGES]
 
 
 def configured(weight: GrinqhTensor, variant: str) -> Configuration:
     gpu = decode.gpu_of(weight.device.index or 0)
     tiles, _, words = weight.slices.shape
-    change = VARIANTS[variant]
-    chunk = change.get("chunk")
-    chosen = configurations.configure(gpu, "mma", 1, words, tiles, weight.shape[1], chunk)
-    return chosen._replace(**change)
+    k = weight.shape[1]
+    chosen = configurations.configure(gpu, "mma", 1, words, tiles, k)
+    if variant in PROGRAMS:
+        chunk = PROGRAMS[variant].get("chunk", chosen.chunk)
+        few = PROGRAMS[variant].get("few", configurations.few(gpu, tiles * -(-k // chunk)))
+        return configurations.of_programs(gpu.capability, "mma", 1, words, chunk, few)
+    return chosen._replace(**CHANGES.get(variant, {}))
+
+
+def variants(weight: GrinqhTensor) -> dict[str, Configuration]:
+    """Those that differ."""
+    found: dict[str, Configuration] = {}
+    for name in VARIANTS:
+        configuration = configured(weight, name)
+        if configuration not in found.values():
+            found[name] = configuration
+    return found
 
 
 def launches(
-    weights: list[GrinqhTensor], x: torch.Tensor, variant: str
+    weights: list[GrinqhTensor], x: torch.Tensor, configuration: Configuration
 ) -> list[Callable[[], list[torch.Tensor]]]:
-    chosen = configured(weights[0], variant)
-
     def launch(w: GrinqhTensor) -> list[torch.Tensor]:
         part = decode.Weight(w.slices, w.scales, w.vectors, None, w.low)
-        return decode.launch(x, [part], w.levels, chosen, arrivals(len(w.slices), x.device))
+        return decode.launch(x, [part], w.levels, configuration, arrivals(len(w.slices), x.device))
 
     return [lambda w=w: launch(w) for w in weights]
 
@@ -52,7 +68,8 @@ def launches(
 def compile_one(job: tuple[int, int, str]) -> None:
     n, k, variant = job
     weight = GrinqhTensor.from_hp(torch.randn(n, k, device=timing.DEVICE).bfloat16())
-    launches([weight], laplace(1, k).bfloat16(), variant)[0]()
+    if found := variants(weight).get(variant):
+        launches([weight], laplace(1, k).bfloat16(), found)[0]()
 
 
 def jobs() -> list[tuple[int, int, str]]:
@@ -77,11 +94,12 @@ def sweep() -> list[dict[str, Any]]:
         two.set_bits(2)
         two = kernels.calibrated(two, x)
         number = timing.copies_for(kernels.needed_bytes(n, k, 3))
-        us: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS}
+        found = variants(absolute)
+        us: dict[str, dict[str, float]] = {variant: {} for variant in found}
         weights = {"3 bits": absolute, "relative": relative, "2 bits": two, "nothing": nothing}
         for name, weight in weights.items():
             copies = [weight, *(weight.clone() for _ in range(number - 1))]
-            times = timing.compare({v: launches(copies, x, v) for v in VARIANTS})
+            times = timing.compare({v: launches(copies, x, found[v]) for v in found})
             for variant, time in times.items():
                 us[variant][name] = time
         rows.append({"shape": [n, k], "us": us})

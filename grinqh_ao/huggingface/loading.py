@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 
 from grinqh_ao.checkpoint import SUFFIXES, from_tensors
 from grinqh_ao.errors import CheckpointError
-from grinqh_ao.experts import as_linears, expert_parameters, put_experts
+from grinqh_ao.experts import expert_parameters, put_experts, untransposed
 from grinqh_ao.memory import give_back
 from grinqh_ao.quantization import nested_weight
 
@@ -43,7 +43,7 @@ class Quantize(ConversionOps):
         dense = dense[0] if isinstance(dense, list) else dense
         layer, is_head = self.hf_quantizer.planned[full_layer_name]
         try:
-            nested = nested_weight(layer.as_linear(dense), layer.config, is_head)
+            nested = nested_weight(untransposed(layer.module, dense), layer.config, is_head)
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from None
         if not layer.holds_experts:
@@ -57,7 +57,7 @@ class Quantize(ConversionOps):
         put_experts(layer.module, layer.parameter, nested)
         experts = layer.module.get_submodule(layer.parameter)
         initialized: Any
-        for initialized in (layer.module, experts, experts.weight):
+        for initialized in (experts, experts.weight):  # but not what else the module holds
             initialized._is_hf_initialized = True
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
@@ -148,5 +148,5 @@ def find_places(model: Any, names: Iterable[str]) -> dict[str, str]:
             )
         if own in experts:
             module, parameter = experts[own]
-            put_experts(module, parameter, as_linears(module, module._parameters[parameter]))
+            put_experts(module, parameter, untransposed(module, module._parameters[parameter]))
     return places

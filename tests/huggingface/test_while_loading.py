@@ -62,6 +62,18 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path / "nested"))
 
 
+def test_biases_of_experts_that_are_missing_are_initialized(tmp_path):
+    model = tiny_model("gpt_oss", tied=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("_proj_bias")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path)
+    quantize_(dense, GrinqhConfig(bits=3))
+    config = GrinqhHfConfig(bits=3)
+    assert_alike(dense, AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config))
+
+
 def test_what_a_config_asks_for(tmp_path):
     tiny_model("llama", tied=False).save_pretrained(tmp_path)
     config = GrinqhHfConfig(

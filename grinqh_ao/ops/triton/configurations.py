@@ -2,8 +2,8 @@
 
 A program reads one tile of outputs (512 for most layers) over a chunk of input channels. More
 programs keep more bytes in flight and start reading sooner; longer chunks waste less on lists,
-padding and sums. What is here was measured on an H100 (docs/kernel.md); for other GPUs it is taken
-over, or found by compiling.
+padding and sums. What is here was measured on an H100, but for UNSEEN (docs/kernel.md); for other
+GPUs it is taken over, or found by compiling.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PROGRAMS = 1.5
 SPLITS = 32
 # On each multiprocessor, up to which programs are few: they do not keep enough in flight.
 FEW_PROGRAMS = 2.5
-# About what an H100's memory brings before activations are known; most of it will be read.
+# About what an H100's memory brings before activations are known. At 3 bits four in five of these
+# lines will be read, at 2 two in three.
 UNSEEN = 64
-UNSEEN_OF_FEW = 128
 LEAST_CAPABILITY_FOR_EARLY_LAUNCH = 90
 
 
@@ -37,8 +37,10 @@ class Configuration(NamedTuple):
     """Of a launch: its programs, and what they do ahead of time."""
 
     chunk: int  # channels of a program
-    few: bool = False  # programs: they prefetch all along, and words may stay in the L2 cache
-    unseen: int = 0  # channels whose top slices are asked for before activations are known
+    # Of mma: there are few programs, which prefetch all along and leave words in the L2 cache; and
+    # channels of each one whose top slices are asked for before activations are known.
+    few: bool = False
+    unseen: int = 0
     registers: int | None = None  # per thread at most; None where the compiler's choice is right
     early: bool = False  # programmatic dependent launch, while the kernel in front ends
 
@@ -70,9 +72,11 @@ def chunk_length(gpu: Gpu, tiles: int, k: int, form: str, rows: int) -> int:
     return longest
 
 
-def configure(
-    gpu: Gpu, form: str, rows: int, words: int, tiles: int, k: int, chunk: int | None = None
-) -> Configuration:
+def few(gpu: Gpu, programs: int) -> bool:
+    return programs <= FEW_PROGRAMS * gpu.multiprocessors
+
+
+def configure(gpu: Gpu, form: str, rows: int, words: int, tiles: int, k: int) -> Configuration:
     """What a launch is run with.
 
     Args:
@@ -81,11 +85,10 @@ def configure(
         words: of a line.
         tiles: of all weights in the launch, or of all slots of experts.
         k: channels.
-        chunk: instead of the right one.
     """
-    chunk = chunk or chunk_length(gpu, tiles, k, form, rows)
-    few = tiles * -(-k // chunk) <= FEW_PROGRAMS * gpu.multiprocessors
-    return of_programs(gpu.capability, form, compiled_rows(form, rows), words, chunk, few)
+    chunk = chunk_length(gpu, tiles, k, form, rows)
+    are_few = few(gpu, tiles * -(-k // chunk))
+    return of_programs(gpu.capability, form, compiled_rows(form, rows), words, chunk, are_few)
 
 
 def of_programs(
@@ -95,7 +98,7 @@ def of_programs(
     return Configuration(
         chunk,
         few,
-        UNSEEN_OF_FEW if few else UNSEEN,
+        UNSEEN,
         registers(capability, form, rows, words, few),
         capability >= LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
     )

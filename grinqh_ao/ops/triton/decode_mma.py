@@ -17,8 +17,9 @@ from grinqh_ao.ops.triton.fragments import (
     pairs_to_singles,
     single_unit,
 )
-from grinqh_ao.ops.triton.lines import prefetch, prefetch_unseen, words_of
+from grinqh_ao.ops.triton.lines import THREADS, prefetch, prefetch_unseen, words_of
 from grinqh_ao.ops.triton.lists import (
+    SENSITIVITY_AT,
     build_lists,
     decode_scale,
     entries_of_channel,
@@ -232,7 +233,9 @@ def decode_mma_kernel(
     EARLY: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    if EARLY and experts is not None:  # what they are, the kernel in front may have to find out
+    # EARLY, a program may begin while the kernel in front ends. Before that it may only prefetch,
+    # which is right whoever writes to what it asks for.
+    if EARLY and experts is not None:  # the kernel in front may have to find out which
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -242,7 +245,6 @@ def decode_mma_kernel(
         x, slices, scales, vectors, experts, n, tiles, lines, k, WORDS
     )
     ENTRY: tl.constexpr = entry_bytes(ROWS)
-    THREADS: tl.constexpr = 32 * WARPS
     AHEAD: tl.constexpr = ROWS < 8
     BLOCKS: tl.constexpr = (ROWS + 3) // 4
     V: tl.constexpr = WORDS // 8
@@ -255,18 +257,18 @@ def decode_mma_kernel(
         memory += program * SIZE
     first = split * chunk
     last = tl.minimum(first + chunk, k)
+    low = None if low is None else pick(member, low)
     if not INTERPRET:
         row_scale = this + row_scale_at(k) + tile_of_weight * TILE
         prefetch_unseen(
-            slices, scales, this, row_scale, pick(member, n) - tile_of_weight * TILE, first, last,
-            LEVELS, WORDS, UNSEEN,
+            slices, scales, this, this + SENSITIVITY_AT, low, row_scale,
+            pick(member, n) - tile_of_weight * TILE, first, last, LEVELS, WORDS, UNSEEN,
         )  # fmt: skip
-    if EARLY:  # launched while the kernel in front ends; weights do not depend on that
+    if EARLY and experts is None:
         tl.extra.cuda.gdc_wait()
     num_pairs, num_singles, exponents = build_lists(
-        x, slices, scales, this, None if low is None else pick(member, low), mean, memory,
-        memory + SIZE, None, first, last, rows, k, LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PAIRS,
-        PADDING, TOP, SHARED,
+        x, slices, scales, this, low, mean, memory, memory + SIZE, None, first, last, rows, k,
+        LEVELS, WORDS, ROWS, BLOCK, MEAN_BLOCK, PAIRS, PADDING, TOP, SHARED,
     )  # fmt: skip
     tl.debug_barrier()
 

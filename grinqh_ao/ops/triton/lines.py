@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grinqh_ao import vectors as layout
 from grinqh_ao.ops.triton import configurations
 from grinqh_ao.slices import HIGH_SLICES
 
@@ -14,7 +13,6 @@ PREFETCH_LINE = tl.constexpr(
 )
 CACHE_LINE = tl.constexpr(128)  # in bytes
 THREADS = tl.constexpr(32 * configurations.WARPS)
-SENSITIVITY_AT = tl.constexpr(layout.SENSITIVITY_AT)
 
 
 @triton.constexpr_function
@@ -53,8 +51,9 @@ def prefetch(address, mask):
 @triton.jit
 def prefetch_range(start, size):
     """Asks for so many bytes from a pointer on, 16 KiB at most."""
+    start = start.to(tl.int64)
     offset = CACHE_LINE * tl.arange(0, THREADS)
-    prefetch(start.to(tl.int64) + offset, offset < size)
+    prefetch((start & -CACHE_LINE) + offset, offset < size + (start & (CACHE_LINE - 1)))
 
 
 @triton.jit
@@ -62,6 +61,8 @@ def prefetch_unseen(
     words,  # int32 [lines, WORDS], of the tile
     scales,  # uint8 [k, WORDS / 4], of the tile
     vectors,  # float32 [L], see vectors.py
+    sensitivity,  # float32 [k]
+    low,  # int32 [k] in compact storage, else None
     row_scale,  # float32 [outputs], from the tile's first output on
     outputs,
     first,  # channels first .. last - 1
@@ -73,12 +74,14 @@ def prefetch_unseen(
     """Asks for what a program will read, as far as that is known before the activations are.
 
     First what lists are made of, because they are waited for. Then, as the memory has nothing else
-    to do, the top slices of the first UNSEEN channels: most of them will be read.
+    to do, the top slices of the first UNSEEN channels, many of which will be read.
     """
     channels = last - first
-    prefetch_range(vectors, 4 * SENSITIVITY_AT)
-    prefetch_range(vectors + SENSITIVITY_AT + first, 4 * channels)
+    prefetch_range(vectors, 4)
+    prefetch_range(sensitivity + first, 4 * channels)
     prefetch_range(scales + first * (WORDS // 4), channels * (WORDS // 4))
+    if low is not None:
+        prefetch_range(low + first, 4 * channels)
     tl.static_assert(UNSEEN <= THREADS)
     index = tl.arange(0, THREADS)
     place = place_of((first + index) * high_lines(LEVELS), WORDS)

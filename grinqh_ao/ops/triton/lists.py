@@ -21,14 +21,7 @@ import triton
 import triton.language as tl
 
 from grinqh_ao import vectors as layout
-from grinqh_ao.ops.triton.lines import (
-    SENSITIVITY_AT,
-    high_lines,
-    low_lines,
-    place_of,
-    prefetch,
-    words_of,
-)
+from grinqh_ao.ops.triton.lines import high_lines, low_lines, place_of, prefetch, words_of
 from grinqh_ao.ops.triton.ranks import rank
 from grinqh_ao.ops.triton.shared import store_16_bytes, store_float
 
@@ -41,6 +34,7 @@ SELECT = tl.constexpr("lop3.b32 $0, $1, $2, 0x33333333, 0xd8;")
 EARLY_CHANNELS = tl.constexpr(64)
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 GAINS_AT = tl.constexpr(layout.GAINS_AT)
+SENSITIVITY_AT = tl.constexpr(layout.SENSITIVITY_AT)
 
 
 @triton.constexpr_function
@@ -238,7 +232,7 @@ def build_lists(
     pairs = slices >> 1
     single = slices & 1
     place = place_of(channel * high_lines(LEVELS), WORDS)
-    if SHARED and ROWS == 1:  # on their way while lists are written
+    if SHARED and ROWS == 1 and has_pairs(LEVELS):  # on their way while lists are written
         soon = tl.arange(0, BLOCK) < EARLY_CHANNELS
         second = words_of(words + WORDS, place, WORDS)
         prefetch(second.to(tl.int64), soon & (slices > 1))
