@@ -18,12 +18,11 @@ UNSEEN = 20
 
 @triton.jit
 def prefetch_of_a_tile(
-    slices, scales, vectors, sensitivity, low, row_scale, outputs, first, last,
+    slices, scales, sensitivity, low, row_scale, outputs, first, last,
     LEVELS: tl.constexpr, WORDS: tl.constexpr, UNSEEN: tl.constexpr,
 ):  # fmt: skip
     lines.prefetch_unseen(
-        slices, scales, vectors, sensitivity, low, row_scale, outputs, first, last, LEVELS, WORDS,
-        UNSEEN,
+        slices, scales, sensitivity, low, row_scale, outputs, first, last, LEVELS, WORDS, UNSEEN
     )  # fmt: skip
 
 
@@ -62,11 +61,12 @@ def test_what_is_asked_for_before_activations_are_known(n, levels, compact, monk
         slices, scales = weight.slices[tile], weight.scales[tile]
         rows = weight.row_scale[tile * weight.tile :]
         prefetch_of_a_tile[(1,)](
-            slices, scales, weight.vectors, weight.sensitivity, weight.low, rows, len(rows), first,
-            last, LEVELS=levels, WORDS=words, UNSEEN=UNSEEN,
+            slices, scales, weight.sensitivity, weight.low, rows, len(rows), first, last,
+            LEVELS=levels, WORDS=words, UNSEEN=UNSEEN,
         )  # fmt: skip
-        read = [weight.vectors[:1], weight.sensitivity[first:last], scales[first:last]]
-        read.append(rows[: weight.tile])
+        read = [weight.sensitivity[first:last], scales[first:last], rows[: weight.tile]]
+        if first == 0:
+            read += [weight.thresholds, weight.gains]
         if compact:
             read.append(weight.low[first:last])
         expected = set().union(*map(cache_lines, read))

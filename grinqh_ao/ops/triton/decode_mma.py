@@ -261,7 +261,7 @@ def decode_mma_kernel(
     if not INTERPRET:
         row_scale = this + row_scale_at(k) + tile_of_weight * TILE
         prefetch_unseen(
-            slices, scales, this, this + SENSITIVITY_AT, low, row_scale,
+            slices, scales, this + SENSITIVITY_AT, low, row_scale,
             pick(member, n) - tile_of_weight * TILE, first, last, LEVELS, WORDS, UNSEEN,
         )  # fmt: skip
     if EARLY and experts is None:

@@ -60,8 +60,7 @@ def prefetch_range(start, size):
 def prefetch_unseen(
     words,  # int32 [lines, WORDS], of the tile
     scales,  # uint8 [k, WORDS / 4], of the tile
-    vectors,  # float32 [L], see vectors.py
-    sensitivity,  # float32 [k]
+    sensitivity,  # float32 [k]; thresholds and gains lie in front of it, in the same cache line
     low,  # int32 [k] in compact storage, else None
     row_scale,  # float32 [outputs], from the tile's first output on
     outputs,
@@ -77,7 +76,6 @@ def prefetch_unseen(
     to do, the top slices of the first UNSEEN channels, many of which will be read.
     """
     channels = last - first
-    prefetch_range(vectors, 4)
     prefetch_range(sensitivity + first, 4 * channels)
     prefetch_range(scales + first * (WORDS // 4), channels * (WORDS // 4))
     if low is not None:
