@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torchao.quantization import quantize_
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -100,3 +101,65 @@ def test_family(family, tmp_path):
     assert torch.equal(loaded(ids).logits, found)
     decode = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     assert torch.equal(loaded.generate(ids, **decode), model.generate(ids, **decode))
+
+
+SEQ2SEQ = {
+    "vocab_size": 320, "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
+    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+IMAGE = 310  # a token; an image is four of them
+
+
+def others():
+    """Models that are no decoders of text alone: name of a class, config, inputs."""
+    ids = torch.randint(3, 300, (1, 12))
+    yield (
+        "T5ForConditionalGeneration",
+        transformers.T5Config(
+            vocab_size=320, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+        ),
+        {"input_ids": ids},
+    )  # fmt: skip
+    yield "BartForConditionalGeneration", transformers.BartConfig(**SEQ2SEQ), {"input_ids": ids}
+    whisper = transformers.WhisperConfig(
+        **SEQ2SEQ, max_source_positions=50, num_mel_bins=16, suppress_tokens=[],
+        begin_suppress_tokens=[],
+    )  # fmt: skip
+    features = {"input_features": torch.randn(1, 16, 100)}
+    yield "WhisperForConditionalGeneration", whisper, features
+    llava = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=transformers.LlamaConfig(**SMALL),
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+    )
+    with_image = torch.cat([ids, torch.full((1, 4), IMAGE), ids], dim=1)
+    images = {"input_ids": with_image, "pixel_values": torch.randn(1, 3, 16, 16)}
+    yield "LlavaForConditionalGeneration", llava, images
+
+
+@pytest.mark.parametrize("number", range(4), ids=["t5", "bart", "whisper", "llava"])
+@torch.no_grad()
+def test_encoders_speech_and_images(number, tmp_path):
+    torch.manual_seed(0)
+    name, config, inputs = list(others())[number]
+    model = getattr(transformers, name)(config).eval()
+    decode = {"max_new_tokens": 6, "do_sample": False}
+    decode |= {"output_scores": True, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **decode)
+    quantize_(model, GrinqhConfig(bits=8, head_bits=8))
+    assert "Linear" not in summary(model).dense.values()
+    found = model.generate(**inputs, **decode)
+    first, exact = found.scores[0], expected.scores[0]
+    assert (first - exact).norm() < 0.05 * exact.norm()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).generate(**inputs, **decode)
+    assert torch.equal(loaded.sequences, found.sequences)
+    assert torch.equal(torch.stack(loaded.scores), torch.stack(found.scores))
