@@ -68,7 +68,7 @@ def check_decode(job: tuple[int, int, int, torch.dtype]) -> list[Outcome]:
     for bits in (1.5, 3, 8):
         levels = (0, 2, 4, 6, 8) if rows != 2 else (0, 2, 4, 8)
         weight = GrinqhTensor.from_hp(torch.randn(n, k, device=timing.DEVICE), bits, levels)
-        if rows == 5:  # calibrated thresholds are absolute
+        if rows == 5:  # static
             weight.thresholds[0] = weight.thresholds[1]
             weight.thresholds[1] = 0
         if rows in (1, 8) and bits == 3:

@@ -49,8 +49,8 @@ def needed_bytes(n: int, k: int, bits: float) -> float:
     return n * k * (bits + active * 8 / 64) / 8
 
 
-def calibrated(weight: GrinqhTensor, x: torch.Tensor) -> GrinqhTensor:
-    """A copy with absolute thresholds, as calibration leaves them: no mean of |x| is needed."""
+def static(weight: GrinqhTensor, x: torch.Tensor) -> GrinqhTensor:
+    """A copy with static thresholds, as calibrate(relative=0) leaves them: they need no mean."""
     copy = weight.clone()
     mean = (x.abs().float() * weight.sensitivity).mean()
     copy.thresholds[0] = (weight.thresholds[1] * mean).clamp(max=torch.finfo(torch.float32).max)
@@ -132,9 +132,9 @@ def speed() -> dict[str, object]:
         for bits in BITS:
             weight.set_bits(bits)  # the candidates' clones keep their own thresholds
             number = timing.copies_for(needed_bytes(n, k, bits))
-            candidates[f"grinqh {bits:g}"] = linears(copies(calibrated(weight, x), number), x)
+            candidates[f"grinqh {bits:g}"] = linears(copies(static(weight, x), number), x)
             if bits == 3:
-                candidates["grinqh 3, uncalibrated"] = linears(copies(weight.clone(), number), x)
+                candidates["grinqh 3, relative"] = linears(copies(weight.clone(), number), x)
         times = timing.compare(candidates)
         ideal_int4 = n * k * 4.125 / 8 / _measured["bytes_per_us"]
         row = {"shape": [n, k], "us": times, "ideal_int4_us": ideal_int4}

@@ -79,24 +79,23 @@ def jobs() -> list[tuple[int, int, str]]:
 
 @torch.no_grad()
 def sweep() -> list[dict[str, Any]]:
-    """Microseconds at 3 bits with thresholds relative to the mean of |x| and with absolute ones,
-    at 2 bits with absolute ones, and with all channels skipped: what a launch costs that reads
-    nothing."""
+    """Microseconds at 3 bits with thresholds relative to the mean of |x| and with static ones, at 2
+    bits with static ones, and with all channels skipped: what a launch costs that reads nothing."""
     torch.manual_seed(0)
     rows = []
     for n, k in SHAPES:
         x = laplace(1, k).bfloat16()
         relative = GrinqhTensor.from_hp(torch.randn(n, k, device=timing.DEVICE).bfloat16(), 3)
-        absolute, nothing = kernels.calibrated(relative, x), relative.clone()
+        static, nothing = kernels.static(relative, x), relative.clone()
         nothing.thresholds[0] = torch.finfo(torch.float32).max
         nothing.thresholds[1] = 0
         two = relative.clone()
         two.set_bits(2)
-        two = kernels.calibrated(two, x)
+        two = kernels.static(two, x)
         number = timing.copies_for(kernels.needed_bytes(n, k, 3))
-        found = variants(absolute)
+        found = variants(static)
         us: dict[str, dict[str, float]] = {variant: {} for variant in found}
-        weights = {"3 bits": absolute, "relative": relative, "2 bits": two, "nothing": nothing}
+        weights = {"3 bits": static, "relative": relative, "2 bits": two, "nothing": nothing}
         for name, weight in weights.items():
             copies = [weight, *(weight.clone() for _ in range(number - 1))]
             times = timing.compare({v: launches(copies, x, found[v]) for v in found})

@@ -219,7 +219,7 @@ def build_lists(
         mask = inside & (r < rows)
         value = tl.load(x + r * k + channel, mask=mask, other=0).to(tl.float32)
         mean = 0.0
-        if (all_relative > 0) & (r < rows):  # calibrated thresholds are absolute and need no mean
+        if (all_relative > 0) & (r < rows):  # static thresholds need no mean
             if known_mean is None:
                 mean = mean_magnitude(x + r * k, sensitivity, k, MEAN_BLOCK)
             else:
