@@ -256,8 +256,8 @@ def h100(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_ops_launch(h100, dtype):
-    x = laplace(2, 300).to(dtype)
-    weights = [GrinqhTensor.from_hp(torch.randn(n, 300), 3) for n in (520, 300)]
+    x = laplace(2, 140).to(dtype)
+    weights = [GrinqhTensor.from_hp(torch.randn(n, 140), 3) for n in (230, 250)]
     arguments = [Weight(w.slices, w.scales, w.vectors, None, w.low) for w in weights]
     found = launching.decode_linears(x, arguments, weights[0].levels)
     for y, weight in zip(found, weights, strict=True):
