@@ -60,7 +60,7 @@ def prefetch_range(start, size):
 def prefetch_unseen(
     words,  # int32 [lines, WORDS], of the tile
     scales,  # uint8 [k, WORDS / 4], of the tile
-    sensitivity,  # float32 [k]; thresholds and gains lie in front of it, in the same cache line
+    sensitivity,  # float32 [k]; thresholds and gains lie in front of it
     low,  # int32 [k] in compact storage, else None
     row_scale,  # float32 [outputs], from the tile's first output on
     outputs,
@@ -72,8 +72,9 @@ def prefetch_unseen(
 ):
     """Asks for what a program will read, as far as that is known before the activations are.
 
-    First what lists are made of, because they are waited for. Then, as the memory has nothing else
-    to do, the top slices of the first UNSEEN channels, many of which will be read.
+    First what lists are made of, because they are waited for; thresholds and gains come with the
+    first sensitivities, on the same cache line but in stacks of experts. Then, as the memory has
+    nothing else to do, the top slices of the first UNSEEN channels, many of which will be read.
     """
     channels = last - first
     prefetch_range(sensitivity + first, 4 * channels)
