@@ -8,14 +8,15 @@ computes all of them, the others find their result waiting.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_together
-from grinqh_ao.linear import first_decoded_row
+from grinqh_ao.layers import GrinqhLinear, adopt
+from grinqh_ao.linear import Inner, first_decoded_row
 from grinqh_ao.model import some_quantized_linears
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -56,10 +57,12 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
             elif reason := _why_separate(members):
                 logger.warning("%s are not fused: %s", ", ".join(full_names), reason)
             else:
-                group = _Group(members)
-                for index, member in enumerate(members):
+                for member in members:
                     member.__class__ = FusedLinear
-                    member._group, member._index = group, index  # type: ignore[assignment]
+                    adopt(member)
+                group = _Group(cast(list[FusedLinear], members))
+                for index, member in enumerate(group.members):
+                    member._group, member._index = group, index
                 fused.append(full_names)
     return fused
 
@@ -68,13 +71,13 @@ def unfuse_projections(model: nn.Module) -> None:
     """Undoes :func:`fuse_projections`."""
     for module in model.modules():
         if isinstance(module, FusedLinear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
             del module._group, module._index
+            cast(nn.Module, module).__class__ = GrinqhLinear
 
 
 def _why_separate(members: list[nn.Linear]) -> str:
     """Why linear layers cannot be decoded in one launch; empty if they can."""
-    if any(type(member) is not nn.Linear for member in members):
+    if any(type(member) not in (nn.Linear, GrinqhLinear) for member in members):
         return "they are not plain nn.Linear layers"
     if any("forward" in vars(member) for member in members):
         return "something else, as accelerate's hooks, has replaced their forward()"
@@ -87,14 +90,14 @@ def _why_separate(members: list[nn.Linear]) -> str:
 
 
 def _compatible(weights: list[Any]) -> bool:
+    """Of GrinqhTensors or what is in them."""
     first = weights[0]
     return all(
-        isinstance(weight, GrinqhTensor)
-        and weight.levels == first.levels
-        and weight.tile == first.tile
+        weight.levels == first.levels
+        and weight.slices.shape[2] == first.slices.shape[2]
         and (weight.low is None) == (first.low is None)
-        and weight.shape[1] == first.shape[1]
-        and weight.device == first.device
+        and weight.scales.shape[1] == first.scales.shape[1]
+        and weight.slices.device == first.slices.device
         for weight in weights
     )
 
@@ -107,37 +110,41 @@ def _version(x: Tensor) -> int:
 class _Group:
     """Layers that see the same activations, and results that wait to be fetched."""
 
-    def __init__(self, members: list[nn.Linear]) -> None:
+    def __init__(self, members: list[FusedLinear]) -> None:
         self.members = members
         # Activations and their version, results, and the members that have not fetched theirs.
         # Replaced as a whole, never changed: a model may run in several threads, whose activations
         # differ.
         self.waiting: tuple[Tensor, int, list[Tensor], frozenset[int]] | None = None
 
-    def decodes(self, x: Tensor) -> bool:
-        """Whether all members would decode all rows of ``x`` together, by the same op."""
-        return (
-            x.is_floating_point()
-            and x.shape[-1] == self.members[0].in_features
-            and x.device == self.members[0].weight.device
+    def weights(self, x: Tensor) -> list[Inner] | None:
+        """Those of all members, if they would decode all rows of ``x`` together, by the same op."""
+        found = [member.inner() for member in self.members]
+        weights = [weight for weight in found if weight is not None]
+        together = (
+            len(weights) == len(found)
+            and x.is_floating_point()
+            and x.shape[-1] == weights[0].scales.shape[1]
+            and x.device == weights[0].slices.device
             and x.device.type != "meta"
             and not torch.is_autocast_enabled(x.device.type)
             and decoded_together()
-            and _compatible([member.weight for member in self.members])
+            and _compatible(weights)
             and all(first_decoded_row(x, m.bias) == 0 for m in self.members)
         )
+        return weights if together else None
 
-    def result(self, index: int, x: Tensor) -> Tensor:
+    def result(self, index: int, x: Tensor, weights: list[Inner]) -> Tensor:
         waiting, version = self.waiting, _version(x)
         fresh = waiting is not None and waiting[0] is x and waiting[1] == version
         if waiting is None or not fresh or index not in waiting[3]:
-            waiting = x, version, self._compute(x), frozenset(range(len(self.members)))
+            results = self._compute(x, weights)
+            waiting = x, version, results, frozenset(range(len(self.members)))
         left = waiting[3] - {index}
         self.waiting = (x, version, waiting[2], left) if left else None
         return waiting[2][index]
 
-    def _compute(self, x: Tensor) -> list[Tensor]:
-        weights: list[Any] = [member.weight for member in self.members]
+    def _compute(self, x: Tensor, weights: list[Inner]) -> list[Tensor]:
         return ops.decode_linears(
             x,
             [weight.slices for weight in weights],
@@ -152,13 +159,14 @@ class _Group:
         return {"members": self.members, "waiting": None}
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(GrinqhLinear):
     """An ``nn.Linear`` that decodes together with others; see :func:`fuse_projections`."""
 
     _group: _Group
     _index: int
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._group.decodes(input):
-            return self._group.result(self._index, input)
-        return super().forward(input)
+        weights = self._group.weights(input)
+        if weights is None:
+            return super().forward(input)
+        return self._group.result(self._index, input, weights)

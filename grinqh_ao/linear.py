@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,25 @@ from grinqh_ao.slices import split, unpack_rows
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
-def linear(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:
+class Inner(NamedTuple):
+    """What a whole weight [N, K] holds, as far as computing takes it; see :class:`GrinqhTensor`."""
+
+    slices: Tensor
+    scales: Tensor
+    vectors: Tensor
+    low: Tensor | None
+    levels: tuple[int, ...]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return ops.dequantize(
+            self.slices, self.scales, self.vectors, self.low, self.levels[-1], dtype
+        )
+
+    def shared_mean(self, x: Tensor) -> None:
+        """Inputs are not shared with anything."""
+
+
+def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) -> Tensor:
     """x [..., K] -> [..., N] in the dtype of ``x``; bias [N] or None.
 
     Raises:
@@ -23,7 +41,7 @@ def linear(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tenso
     """
     tiles = weight.scales.shape  # what is asked of a plain tensor is answered faster
     if len(tiles) != 3:
-        raise ValueError(f"weight of shape {tuple(weight.shape)}: expected [out, in], one expert")
+        raise ValueError(f"weight of {tiles[0]} experts: expected [out, in], one of them")
     if x.shape[-1] != tiles[1]:
         raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {tiles[1]}]")
     if not x.is_floating_point():
@@ -44,7 +62,7 @@ def linear(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tenso
             weight.levels,
             weight.shared_mean(x),
         )
-    decoded = decode_rows(x[..., start:, :], weight, bias)
+    decoded = decode_rows(x[..., start:, :], cast(GrinqhTensor, weight), bias)
     if start == 0:
         return decoded
     return torch.cat([_dense(x[..., :start, :], weight, bias), decoded], dim=-2)
@@ -68,7 +86,7 @@ def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
-def _dense(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
+def _dense(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None) -> Tensor:
     wants_grad = _wants_grad(x) or _wants_grad(bias)
     if x.device.type == "cpu" and not wants_grad:  # in blocks; on GPUs compilers fuse more
         return ops.dense_linear(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
 from grinqh_ao.experts import ExpertLinears, expert_parameters, put_experts, untransposed
+from grinqh_ao.layers import adopt
 from grinqh_ao.memory import give_back
 from grinqh_ao.model import Summary, by_type, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
@@ -188,7 +189,7 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
     parameter = nn.Parameter(nested, requires_grad=False)
     for _, holder in holders:
         holder.weight = parameter  # tied modules stay tied
-        show_in_repr(holder)
+        adopt(holder)
 
 
 def nested_weight(dense: Tensor, config: GrinqhConfig, is_head: bool) -> GrinqhTensor:
@@ -253,27 +254,3 @@ def _say_what_cannot_be_served(call: QuantizeCall, module: nn.Module, parameter_
             parameter,
             type(module).__name__,
         )
-
-
-def show_in_repr(module: nn.Module) -> None:
-    """Lets ``print(model)`` say how a linear layer's weight is quantized."""
-    if isinstance(module, nn.Linear):
-        module.extra_repr = _ExtraRepr(module)  # type: ignore[method-assign]
-
-
-class _ExtraRepr:
-    """What ``print(model)`` says of a quantized layer. Holds the layer weakly: no cycles."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        self._module = weakref.ref(module)
-
-    def __call__(self) -> str:
-        module = cast(nn.Linear, self._module())
-        weight: Tensor = module.weight
-        added = (
-            f", grinqh: {weight._quantization_type()}" if isinstance(weight, GrinqhTensor) else ""
-        )
-        return f"{type(module).extra_repr(module)}{added}"
-
-    def __reduce__(self) -> tuple[Callable[..., _ExtraRepr], tuple[nn.Module | None]]:
-        return _ExtraRepr, (self._module(),)

@@ -17,6 +17,7 @@ from grinqh_ao import (
     set_bits,
     unfuse_projections,
 )
+from grinqh_ao.layers import GrinqhLinear
 from models import tiny_model
 from test_generation import CountOps, generate
 
@@ -55,7 +56,7 @@ def test_one_launch_per_group_and_the_same_tokens(model, ids):
     with CountOps() as count:
         assert generate(model, ids) == expected
     assert ops.decode_linears not in count.calls
-    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+    assert all(type(m) is GrinqhLinear for m in model.modules() if isinstance(m, nn.Linear))
 
 
 def test_projections_keep_their_thresholds(model, ids):

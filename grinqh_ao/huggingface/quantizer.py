@@ -20,9 +20,10 @@ from grinqh_ao.errors import CheckpointError
 from grinqh_ao.huggingface.config import QUANT_METHOD, GrinqhHfConfig, groups_of
 from grinqh_ao.huggingface.files import SAVE_ID, check_files
 from grinqh_ao.huggingface.loading import Deserialize, Quantize, find_places
+from grinqh_ao.layers import adopt
 from grinqh_ao.memory import give_back
 from grinqh_ao.model import is_in_parts, quantized_modules, summary
-from grinqh_ao.quantization import plan, show_in_repr
+from grinqh_ao.quantization import plan
 from grinqh_ao.selection import Layer, QuantizeCall
 from grinqh_ao.ties import owners_of_parameters
 from grinqh_ao.torchao_tensor import GrinqhTensor
@@ -128,8 +129,8 @@ class GrinqhHfQuantizer(HfQuantizer):
                 # In a state_dict: files are checked before.
                 raise CheckpointError(f"{name}: missing")
         for _, module, _ in quantized_modules(model):
-            show_in_repr(module)
             module.weight.requires_grad_(False)  # transformers made a parameter of it anew
+            adopt(module)
         for parameter in model.parameters():
             # Tensors mapped from a file lie anywhere, and products of dense ones differ by that in
             # their last bit.

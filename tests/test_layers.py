@@ -1,0 +1,138 @@
+"""GrinqhLinear computes what F.linear does, and never with a weight that is no longer its own."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import cpu_offload
+from torch import nn
+from torchao.quantization import quantize_
+
+from grinqh_ao import GrinqhConfig, GrinqhTensor, fuse_projections
+from grinqh_ao.decode_rule import decode_every_row
+from grinqh_ao.layers import GrinqhLinear
+from grinqh_ao.slices import drop_low
+
+K, N = 192, 128
+
+
+def layer(seed: int = 0, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(seed)
+    linear = nn.Linear(K, N, bias=bias)
+    quantize_(linear, GrinqhConfig(bits=3))
+    return linear
+
+
+def x_of(rows: int = 1) -> torch.Tensor:
+    return torch.distributions.Laplace(0.0, 1.0).sample((rows, K))
+
+
+def same(linear: nn.Module, weight: torch.Tensor) -> bool:
+    x = x_of()
+    return torch.equal(linear(x), F.linear(x, weight))
+
+
+def test_quantize_makes_plain_layers_only_into_grinqh_linears() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(K, N), Own(N, N))
+    quantize_(model, GrinqhConfig(bits=3))
+    assert [type(module) for module in model] == [GrinqhLinear, Own]
+    assert all(isinstance(module.weight, GrinqhTensor) for module in model)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_same_as_linear_of_the_weight(rows: int, bias: bool) -> None:
+    linear, x = layer(bias=bias), x_of(rows)
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+    with decode_every_row():
+        assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+
+
+def test_another_weight_by_any_way_is_what_counts() -> None:
+    new = layer(1).weight
+    assigned, loaded, moved, behind, dense = (layer() for _ in range(5))
+    assigned.weight = new
+    loaded.load_state_dict({"weight": new}, assign=True)
+    moved.to(torch.float64)  # new tensors inside
+    behind._parameters["weight"] = new
+    dense.weight = nn.Parameter(torch.randn(N, K))
+    assert all(same(linear, new) for linear in (assigned, loaded, behind))
+    assert same(moved, layer().weight)
+    assert same(dense, dense.weight)
+    assert "grinqh" not in repr(dense)
+
+
+def test_copies_have_weights_of_their_own() -> None:
+    linear = layer()
+    file = io.BytesIO()
+    torch.save(linear, file)
+    file.seek(0)
+    copies = [copy.deepcopy(linear), torch.load(file, weights_only=False)]
+    assert all(same(one, linear.weight) for one in copies)
+    linear.weight.set_bits(8)
+    for one in copies:
+        assert same(one, one.weight)
+        assert not same(one, linear.weight)
+
+
+def inputs_of_graphs(graphs: list[list[object]]):
+    def backend(graph: torch.fx.GraphModule, examples: list[object]):
+        graphs.append(examples)
+        return graph.forward
+
+    return backend
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, nn.Linear(K, N, bias=name == "q_proj"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x) + self.k_proj(x) * self.v_proj(x)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_models_see_plain_tensors_only(fused: bool) -> None:
+    torch._dynamo.reset()
+    model, x = Attention(), x_of()
+    quantize_(model, GrinqhConfig(bits=3))
+    if fused:
+        assert fuse_projections(model)
+    graphs: list[list[object]] = []
+    compiled = torch.compile(model, fullgraph=True, backend=inputs_of_graphs(graphs))
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+    assert len(graphs) == 1
+    assert len(graphs[0]) == 1 + 3 * 3 + 1
+    assert not any(isinstance(example, GrinqhTensor) for example in graphs[0])
+
+
+def test_compiled_models_see_what_changes() -> None:
+    torch._dynamo.reset()
+    model, x = nn.Sequential(layer()), x_of()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = compiled(x)
+        model[0].weight = layer(1).weight
+        assert torch.equal(compiled(x), model(x))
+        assert not torch.equal(before, model(x))
+        weight = model[0].weight
+        weight.slices, weight.low = drop_low(weight.slices, torch.rand(K) < 0.5)  # as calibrate does
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_nothing_is_kept_of_what_accelerate_takes_away() -> None:
+    model, x = nn.Sequential(layer()), x_of()
+    with torch.no_grad():
+        expected = model(x)
+        cpu_offload(model, torch.device("cpu"))
+        assert torch.equal(model(x), expected)
+    assert model[0].weight.is_meta
+    assert model[0]._inner is None
