@@ -65,7 +65,7 @@ def test_sweep(monkeypatch):
         sweep.compile_one(job)
     (row,) = sweep.sweep()
     # Few programs of 128 channels are what is chosen here.
-    assert set(sweep.VARIANTS) - set(row["us"]) == {"chunk 128", "few", "registers free"}
+    assert set(sweep.VARIANTS) - set(row["us"]) == {"chunk 128", "few", "registers 128"}
     assert all(len(times) == 4 for times in row["us"].values())
 
 
@@ -96,4 +96,26 @@ def test_models(monkeypatch):
     for times in report["kernels_us_per_token"].values():
         assert len(times) == 1 + whole_models.MOST_KERNELS
         assert 0 < max(us for name, us in times.items() if name != "all") <= times["all"]
+    assert report["grinqh"]["quantize_seconds"] > 0
+    assert not isinstance(report["bf16"], str)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_models_in_processes_of_their_own():
+    import transformers
+
+    from models import SMALL
+
+    config = transformers.LlamaConfig(**SMALL)
+    llama = transformers.LlamaForCausalLM
+    models = {
+        "grinqh": whole_models.Elsewhere("grinqh", llama, config),
+        "bf16": whole_models.Elsewhere("bf16", llama, None),
+    }
+    report = {"tokens_per_second": {}, "new_tokens_per_second": {}, "kernels_us_per_token": {}}
+    whole_models.measure_in_turn(models, report)
+    assert set(report["tokens_per_second"]) == {f"grinqh {bits}, fused" for bits in (2, 3, 4)}
+    assert report["bf16"].startswith("RuntimeError")
+    for model in models.values():
+        model.close()
+        assert not model.process.is_alive()

@@ -124,7 +124,9 @@ def test_compiled_models_see_what_changes() -> None:
         assert torch.equal(compiled(x), model(x))
         assert not torch.equal(before, model(x))
         weight = model[0].weight
-        weight.slices, weight.low = drop_low(weight.slices, torch.rand(K) < 0.5)  # as calibrate does
+        weight.slices, weight.low = drop_low(
+            weight.slices, torch.rand(K) < 0.5
+        )  # as calibrate does
         assert torch.equal(compiled(x), model(x))
 
 

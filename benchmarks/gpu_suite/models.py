@@ -1,8 +1,16 @@
-"""Whole models of 8B shape with random weights: quantizing, and unchanged ``generate()``."""
+"""Whole models of 8B shape with random weights: quantizing, and unchanged ``generate()``.
+
+Each model is in a process of its own: all compile at a time, if the GPU has room for them, and then
+generate in turn.
+"""
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +19,17 @@ from torchao.quantization import Int4WeightOnlyConfig, quantize_
 from gpu_suite import timing
 from grinqh_ao import GrinqhConfig, fuse_projections, set_bits
 
-BITS = (3, 2, 4)  # the most telling first
-NEW_TOKENS = 48
+# And the bits of each; the most telling first.
+KINDS: dict[str, Sequence[float | None]] = {
+    "bf16": [None],
+    "grinqh": [3, 2, 4],
+    "torchao int4": [None],
+}
+ROOM_FOR_ALL = 60 << 30  # as long as their dense weights are all there
+NEW_TOKENS = 128
 PROMPT = 32
-REPETITIONS = 3
+ROUNDS = 3
+PROFILED_TOKENS = 16
 MOST_KERNELS = 12
 
 
@@ -51,52 +66,165 @@ def build(model_class: Any, config: Any) -> torch.nn.Module:
             torch.set_default_dtype(previous)
 
 
-@torch.no_grad()
-def measure(model_class: Any, config: Any) -> dict[str, Any]:
-    rows: dict[str, float] = {}
-    first: dict[str, float] = {}  # compiles, unless it is other bits of the same graph
-    kernels: dict[str, dict[str, float]] = {}  # microseconds per token
-    result: dict[str, Any] = {
-        "tokens_per_second": rows,
-        "first_generate_seconds": first,
-        "kernels_us_per_token": kernels,
-    }
+class Model:
+    """One that has generated once, and so is compiled."""
 
-    def run(name: str) -> None:
-        first[name], rows[name] = first_seconds_and_tokens_per_second(model)
-        print(f"{name}: {rows[name]:.1f} tokens/s, at first {first[name]:.0f} s", flush=True)
-        try:
-            kernels[name] = kernels_per_token(model)
-        except Exception as error:  # no profiler here; the speeds stand
-            result["kernels"] = f"{type(error).__name__}: {error}"[:300]
-        else:
-            took, all_of_it = kernels[name]["all"], 1e6 / rows[name]
-            print(f"  kernels take {took:.0f} of {all_of_it:.0f} us a token", flush=True)
+    def __init__(self, kind: str, model_class: Any, config: Any) -> None:
+        torch.set_grad_enabled(False)
+        self.model: Any = build(model_class, config)
+        self.facts: dict[str, Any] = {"weights": sum(p.numel() for p in self.model.parameters())}
+        begin = time.perf_counter()
+        if kind == "grinqh":
+            quantize_(self.model, GrinqhConfig(bits=3))
+            timing.wait()
+            self.facts["quantize_seconds"] = time.perf_counter() - begin
+            fuse_projections(self.model)  # kernels.fused_projections has them apart
+        elif kind == "torchao int4":
+            quantize_(
+                self.model, Int4WeightOnlyConfig(128, int4_packing_format="tile_packed_to_4d")
+            )
+        begin = time.perf_counter()
+        generate(self.model, Clock())
+        self.facts["first_generate_seconds"] = time.perf_counter() - begin
 
-    model = build(model_class, config)
-    run("bf16")
-    begin = time.perf_counter()
-    quantize_(model, GrinqhConfig(bits=3))
-    timing.wait()
-    result["quantize_seconds"] = time.perf_counter() - begin
-    result["weights"] = sum(p.numel() for p in model.parameters())
-    print(f"{result['quantize_seconds']:.1f} s to quantize", flush=True)
-    fuse_projections(model)  # kernels.fused_projections has them apart
-    torch._dynamo.reset()
-    for bits in BITS:
-        set_bits(model, bits)
-        run(f"grinqh {bits}, fused")
-    del model
-    torch.cuda.empty_cache()
+    def seconds(self, bits: float | None) -> tuple[list[float], float]:
+        """Of every token after the second, and of all of ``generate()``: its static cache is a new
+        one, for which the compiled model is captured again at the second token."""
+        self.read(bits)
+        clock = Clock()
+        begin = time.perf_counter()
+        generate(self.model, clock)
+        all_of_it = time.perf_counter() - begin
+        times = clock.times[2:]  # the prompt and the first token came before
+        return [b - a for a, b in itertools.pairwise(times)], all_of_it
 
-    torch._dynamo.reset()
-    model = build(model_class, config)
+    def kernels(self, bits: float | None) -> dict[str, float]:
+        """Microseconds that a token's kernels take, those that take most by name; what
+        ``generate()`` takes beyond "all", the device waits for the host, or kernels for others."""
+        self.read(bits)
+        profiler = Profiler()
+        generate(self.model, profiler)
+        kind = "self_device_time_total" if timing.DEVICE == "cuda" else "self_cpu_time_total"
+        events = profiler.profile.key_averages()
+        times = {e.key: getattr(e, kind) / profiler.tokens for e in events}
+        longest = sorted(times, key=lambda name: -times[name])[:MOST_KERNELS]
+        return {"all": sum(times.values())} | {name[:120]: times[name] for name in longest}
+
+    def read(self, bits: float | None) -> None:
+        if bits is not None:
+            set_bits(self.model, bits)
+
+
+class Here:
+    """A model in this process."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.model = Model(*arguments)
+
+    def facts(self) -> dict[str, Any]:
+        return self.model.facts
+
+    def ask(self, method: str, bits: float | None) -> Any:
+        return getattr(self.model, method)(bits)
+
+    def close(self) -> None:
+        del self.model
+
+
+class Elsewhere:
+    """A model in another process, which makes it while this one goes on."""
+
+    def __init__(self, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        self.process = context.Process(
+            target=serve, args=(there, timing.DEVICE, *arguments), daemon=True
+        )
+        self.process.start()
+        there.close()
+
+    def facts(self) -> dict[str, Any]:
+        """Waits for the model."""
+        answer = self.connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def ask(self, *question: Any) -> Any:
+        self.connection.send(question)
+        return self.facts()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def serve(connection: Any, device: str, *arguments: Any) -> None:
+    timing.DEVICE = device
     try:
-        quantize_(model, Int4WeightOnlyConfig(128, int4_packing_format="tile_packed_to_4d"))
-        run("torchao int4")
-    except Exception as error:  # not for this GPU
-        result["torchao int4"] = f"{type(error).__name__}: {error}"[:300]
+        model = Model(*arguments)
+        connection.send(model.facts)
+        while True:
+            method, bits = connection.recv()
+            connection.send(getattr(model, method)(bits))
+    except Exception as error:  # many cannot be sent as they are
+        connection.send(RuntimeError(f"{type(error).__name__}: {error}"[:300]))
+
+
+def measure(model_class: Any, config: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "tokens_per_second": {},  # by the median of the tokens after the second
+        "new_tokens_per_second": {},  # of all of generate()
+        "kernels_us_per_token": {},
+    }
+    on_gpu = timing.DEVICE == "cuda"
+    room = on_gpu and torch.cuda.mem_get_info()[0] > ROOM_FOR_ALL
+    for group in [list(KINDS)] if room else [[kind] for kind in KINDS]:
+        place: Any = Elsewhere if on_gpu else Here
+        models = {kind: place(kind, model_class, config) for kind in group}
+        try:
+            measure_in_turn(models, result)
+        finally:
+            for model in models.values():
+                model.close()
     return result
+
+
+def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
+    candidates: dict[str, tuple[Any, float | None]] = {}
+    for kind, model in models.items():
+        try:
+            result[kind] = model.facts()
+        except Exception as error:  # not for this GPU
+            result[kind] = f"{type(error).__name__}: {error}"[:300]
+        else:
+            for bits in KINDS[kind]:
+                name = kind if bits is None else f"{kind} {bits:g}, fused"
+                candidates[name] = model, bits
+        print(f"{kind}: {result[kind]}", flush=True)
+    of_tokens: dict[str, list[float]] = {name: [] for name in candidates}
+    of_all: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(ROUNDS):
+        for name, (model, bits) in candidates.items():
+            tokens, all_of_it = model.ask("seconds", bits)
+            of_tokens[name] += tokens
+            of_all[name].append(all_of_it)
+            print(f"{name}: {1e3 * statistics.median(tokens):.2f} ms a token", flush=True)
+    for name, (model, bits) in candidates.items():
+        median = statistics.median(of_tokens[name])
+        result["tokens_per_second"][name] = 1 / median
+        result["new_tokens_per_second"][name] = NEW_TOKENS / statistics.median(of_all[name])
+        try:
+            kernels = model.ask("kernels", bits)
+        except Exception as error:  # no profiler here; the speeds stand
+            kernels = {"all": float("nan")}
+            result["kernels"] = f"{type(error).__name__}: {error}"[:300]
+        result["kernels_us_per_token"][name] = kernels
+        print(
+            f"{name}: {1 / median:.1f} tokens/s, {result['new_tokens_per_second'][name]:.1f} with "
+            f"all; kernels take {kernels['all']:.0f} of {1e6 * median:.0f} us a token",
+            flush=True,
+        )
 
 
 class Clock:
@@ -117,6 +245,7 @@ class Profiler(Clock):
 
     def __init__(self) -> None:
         super().__init__()
+        self.tokens = 0  # that were watched
         activities = torch.profiler.ProfilerActivity
         on_gpu = timing.DEVICE == "cuda"
         self.profile = torch.profiler.profile(
@@ -127,10 +256,17 @@ class Profiler(Clock):
         super().put(tokens)
         if len(self.times) == 3:  # the prompt and two tokens
             self.profile.start()
+        elif len(self.times) == 3 + PROFILED_TOKENS:
+            self.stop()
 
     def end(self) -> None:
+        if not self.tokens:
+            self.stop()
+
+    def stop(self) -> None:
         timing.wait()
         self.profile.stop()
+        self.tokens = len(self.times) - 3
 
 
 def generate(model: Any, clock: Clock) -> None:
@@ -141,30 +277,3 @@ def generate(model: Any, clock: Clock) -> None:
         cache_implementation="static", max_new_tokens=NEW_TOKENS, eos_token_id=None,
         streamer=clock,
     )  # fmt: skip
-
-
-def kernels_per_token(model: Any) -> dict[str, float]:
-    """Microseconds that a token's kernels take, those that take most by name; what ``generate()``
-    takes beyond "all" of them, the device waits for the host, or kernels for each other."""
-    profiler = Profiler()
-    generate(model, profiler)
-    tokens = len(profiler.times) - 3
-    kind = "self_device_time_total" if timing.DEVICE == "cuda" else "self_cpu_time_total"
-    times = {e.key: getattr(e, kind) / tokens for e in profiler.profile.key_averages()}
-    longest = sorted(times, key=lambda name: -times[name])[:MOST_KERNELS]
-    return {"all": sum(times.values())} | {name[:120]: times[name] for name in longest}
-
-
-def first_seconds_and_tokens_per_second(model: Any) -> tuple[float, float]:
-    """Of ``generate()``: seconds at first, and the rate of decoding after the first token."""
-    first, best = 0.0, 0.0
-    for repetition in range(1 + REPETITIONS):
-        clock = Clock()
-        begin = time.perf_counter()
-        generate(model, clock)
-        if repetition == 0:
-            first = time.perf_counter() - begin
-        else:
-            decoding = clock.times[-1] - clock.times[1]  # put() gets the prompt first
-            best = max(best, (len(clock.times) - 2) / decoding)
-    return first, best

@@ -99,14 +99,14 @@ def of_programs(
         chunk,
         few,
         UNSEEN,
-        registers(capability, form, rows, words, few),
+        registers(capability, form, rows, words, few and chunk == CHUNKS[-1]),
         capability >= LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
     )
 
 
-def registers(capability: int, form: str, rows: int, words: int, few: bool) -> int | None:
+def registers(capability: int, form: str, rows: int, words: int, free: bool) -> int | None:
     """Found by compiling; the tests hold what comes of them. Where bandwidth is high, a fourth
     program on each multiprocessor is worth some spills, hardly any of them in a loop."""
-    if (form, rows, words) == ("mma", 1, 32) and capability in (80, 90) and not few:
+    if (form, rows, words) == ("mma", 1, 32) and capability in (80, 90) and not free:
         return 128
     return 168 if (form, rows, words) == ("fma", 1, 32) else None
