@@ -1,9 +1,9 @@
-"""GrinqhLinear: a linear layer as fast to call as a dense one.
+"""GrinqhLinear: a linear layer that takes the host hardly longer to call than a dense one.
 
 A tensor with inner tensors takes Python to call: in eager mode to find out what ``F.linear`` means
 for it; in compiled models to check it and to take it apart, for every weight at every step. On a
-large GPU that is more than the products take. So this layer hands over the inner tensors itself.
-``F.linear`` with the weight computes the same.
+large GPU that can be more than the products take (docs/architecture.md). So this layer hands over
+the inner tensors itself. ``F.linear`` with the weight computes the same.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ class GrinqhLinear(nn.Linear):
         super()._apply(fn, recurse)
         self._look_at_weight()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._look_at_weight()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_inner"}

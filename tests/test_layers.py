@@ -55,13 +55,20 @@ def test_the_same_as_linear_of_the_weight(rows: int, bias: bool) -> None:
 
 def test_another_weight_by_any_way_is_what_counts() -> None:
     new = layer(1).weight
-    assigned, loaded, moved, behind, dense = (layer() for _ in range(5))
+    assigned, loaded, swapped, moved, behind, dense = (layer() for _ in range(6))
     assigned.weight = new
     loaded.load_state_dict({"weight": new}, assign=True)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        swapped.load_state_dict({"weight": layer(1).weight})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
     moved.to(torch.float64)  # new tensors inside
+    for linear in (assigned, loaded, swapped, moved):  # what compiled models see
+        assert linear._inner is linear.weight.__dict__
     behind._parameters["weight"] = new
     dense.weight = nn.Parameter(torch.randn(N, K))
-    assert all(same(linear, new) for linear in (assigned, loaded, behind))
+    assert all(same(linear, new) for linear in (assigned, loaded, swapped, behind))
     assert same(moved, layer().weight)
     assert same(dense, dense.weight)
     assert "grinqh" not in repr(dense)
