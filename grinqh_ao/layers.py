@@ -23,23 +23,32 @@ class GrinqhLinear(nn.Linear):
     """An ``nn.Linear`` whose weight is a GrinqhTensor, or anything else: ``quantize_`` and
     transformers' loading make one of every plain ``nn.Linear`` they quantize.
 
-    Put another weight in its place by assignment, ``load_state_dict``, ``to()`` or the like. One
-    put into ``_parameters`` directly is seen by the next call outside of a compiled model only.
+    Put another weight in its place by assignment, ``load_state_dict``, ``to()`` or the like. What
+    is put into ``_parameters`` behind the layer's back, as ``torch.func.functional_call`` does, is
+    for calls outside of compiled functions only; after such a call those look at the weight itself.
     """
 
     # What the weight holds, by names: its own __dict__, so that it is never behind. Compiled models
     # look here and not at the weight, whose mere sight would make them check it.
     _inner: dict[str, Any] | None = None
+    # With a module that may move the weight without this one noticing.
+    _shares_weight = False
 
     def forward(self, input: Tensor) -> Tensor:
         inner = self.inner()
-        if inner is None or not decoded_together():
+        if inner is None or not decoded_together() or isinstance(input, torch.fx.Proxy):
             return super().forward(input)
         return linear(input, inner, self.bias)
 
     def inner(self) -> Inner | None:
         """What is in the weight, if this layer can compute with that."""
-        found = self._inner if torch.compiler.is_compiling() else self._look_at_weight()
+        if torch.compiler.is_compiling():
+            # Not is_exporting(), which is True in all that Dynamo traces.
+            found = None if torch.compiler._is_exporting_flag else self._inner
+        else:
+            found = self._in_weight()
+            if found is not self._inner is not None:
+                self._inner = None  # someone works behind this layer's back
         return None if found is None else Inner(*(found[name] for name in Inner._fields))
 
     def extra_repr(self) -> str:
@@ -48,53 +57,54 @@ class GrinqhLinear(nn.Linear):
             return super().extra_repr()
         return f"{super().extra_repr()}, grinqh: {weight._quantization_type()}"
 
-    def _look_at_weight(self) -> dict[str, Any] | None:
-        """What is in the weight, which may have been replaced.
-
-        None of a weight that is not quantized, or a part of one; and where accelerate is at work:
-        it puts weights into ``_parameters`` for the length of a call, and to hold on to their inner
-        tensors would keep them in memory.
-        """
+    def _in_weight(self) -> dict[str, Any] | None:
+        """None of a weight that is not quantized, or a part of one."""
         weight = self._parameters.get("weight")
-        inner = None
-        if isinstance(weight, GrinqhTensor) and "forward" not in self.__dict__:
-            inner = weight.__dict__
-            if inner["sharing"] is not None:
-                inner = None
-        if inner is not self._inner:
-            self.__dict__["_inner"] = inner
-        return inner
+        whole = isinstance(weight, GrinqhTensor) and weight.__dict__["sharing"] is None
+        return weight.__dict__ if whole else None
+
+    def _remember(self) -> None:
+        """Another weight may be here. Not where something else has replaced forward(): accelerate
+        does, to put weights in place for the length of a call, and they are not to be kept."""
+        keep = not self._shares_weight and "forward" not in self.__dict__
+        self._inner = self._in_weight() if keep else None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "weight":
-            self._look_at_weight()
+        if name in ("weight", "forward"):
+            self._remember()
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        if name == "weight":
-            self._look_at_weight()
+        if name in ("weight", "forward"):
+            self._remember()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GrinqhLinear:
         super()._apply(fn, recurse)
-        self._look_at_weight()
+        self._remember()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._look_at_weight()
+        self._remember()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_inner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._look_at_weight()
+        self._remember()
 
 
-def adopt(module: nn.Module) -> None:
-    """Makes a GrinqhLinear of a plain ``nn.Linear``; other modules stay what they are."""
+def adopt(module: nn.Module, shared: bool = False) -> None:
+    """Makes a GrinqhLinear of a plain ``nn.Linear``; other modules stay what they are.
+
+    Args:
+        shared: another module has the same weight.
+    """
     if type(module) is nn.Linear:
         module.__class__ = GrinqhLinear
     if isinstance(module, GrinqhLinear):
-        module._look_at_weight()
+        if shared:
+            module._shares_weight = True
+        module._remember()

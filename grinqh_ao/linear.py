@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
     """
     tiles = weight.scales.shape  # what is asked of a plain tensor is answered faster
     if len(tiles) != 3:
-        raise ValueError(f"weight of {tiles[0]} experts: expected [out, in], one of them")
+        raise ValueError(f"weight: a stack of {tiles[0]} experts; expected one expert's [out, in]")
     if x.shape[-1] != tiles[1]:
         raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {tiles[1]}]")
     if not x.is_floating_point():
@@ -62,7 +62,8 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
             weight.levels,
             weight.shared_mean(x),
         )
-    decoded = decode_rows(x[..., start:, :], cast(GrinqhTensor, weight), bias)
+    assert isinstance(weight, GrinqhTensor), "layers hand over what they decode together"
+    decoded = decode_rows(x[..., start:, :], weight, bias)
     if start == 0:
         return decoded
     return torch.cat([_dense(x[..., :start, :], weight, bias), decoded], dim=-2)

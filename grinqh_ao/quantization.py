@@ -189,7 +189,7 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
     parameter = nn.Parameter(nested, requires_grad=False)
     for _, holder in holders:
         holder.weight = parameter  # tied modules stay tied
-        adopt(holder)
+        adopt(holder, shared=len(holders) > 1)
 
 
 def nested_weight(dense: Tensor, config: GrinqhConfig, is_head: bool) -> GrinqhTensor:

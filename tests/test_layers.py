@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -141,7 +142,50 @@ def test_nothing_is_kept_of_what_accelerate_takes_away() -> None:
     model, x = nn.Sequential(layer()), x_of()
     with torch.no_grad():
         expected = model(x)
-        cpu_offload(model, torch.device("cpu"))
+        slices = weakref.ref(model[0].weight.slices)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        cpu_offload(model, torch.device("cpu"), state_dict=state)
+        assert model[0].weight.is_meta
+        assert slices() is None
         assert torch.equal(model(x), expected)
-    assert model[0].weight.is_meta
-    assert model[0]._inner is None
+        assert model[0]._inner is None
+
+
+def test_a_weight_for_one_call_is_not_kept() -> None:
+    torch._dynamo.reset()
+    linear, other, x = layer(), layer(1), x_of()
+    compiled = torch.compile(linear, backend="eager")
+    with torch.no_grad():
+        own = compiled(x)
+        found = torch.func.functional_call(linear, {"weight": other.weight}, x)
+        assert torch.equal(found, other(x))
+        assert torch.equal(compiled(x), own)
+        assert torch.equal(linear(x), own)
+
+
+def test_a_shared_weight_may_be_moved_by_another_module() -> None:
+    torch._dynamo.reset()
+    model, x = nn.ModuleDict({"embed": nn.Embedding(N, K), "lm_head": nn.Linear(K, N)}), x_of()
+    model["lm_head"].weight = model["embed"].weight
+    quantize_(model, GrinqhConfig(bits=3))
+    assert model["embed"].weight is model["lm_head"].weight
+    compiled = torch.compile(model["lm_head"], backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        model["embed"].to(torch.float64)
+        model["embed"].weight.set_bits(8)
+        assert torch.equal(compiled(x), F.linear(x, model["lm_head"].weight, model["lm_head"].bias))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_models_have_their_parameters(strict: bool) -> None:
+    model, x = nn.Sequential(layer(bias=True)), x_of()
+    exported = torch.export.export(model, (x,), strict=strict)
+    assert not exported.constants
+    assert list(exported.graph_signature.parameters) == ["0.weight", "0.bias"]
+    assert torch.equal(exported.module()(x), model(x))
+
+
+def test_symbolic_traces() -> None:
+    model, x = nn.Sequential(layer()), x_of()
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))

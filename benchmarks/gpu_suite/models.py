@@ -205,8 +205,13 @@ def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
     of_tokens: dict[str, list[float]] = {name: [] for name in candidates}
     of_all: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(ROUNDS):
-        for name, (model, bits) in candidates.items():
-            tokens, all_of_it = model.ask("seconds", bits)
+        for name, (model, bits) in list(candidates.items()):
+            try:
+                tokens, all_of_it = model.ask("seconds", bits)
+            except Exception as error:  # its process has ended; the others stand
+                result[name] = f"{type(error).__name__}: {error}"[:300]
+                del candidates[name]
+                continue
             of_tokens[name] += tokens
             of_all[name].append(all_of_it)
             print(f"{name}: {1e3 * statistics.median(tokens):.2f} ms a token", flush=True)
@@ -216,13 +221,14 @@ def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
         result["new_tokens_per_second"][name] = NEW_TOKENS / statistics.median(of_all[name])
         try:
             kernels = model.ask("kernels", bits)
+            result["kernels_us_per_token"][name] = kernels
+            all_kernels = f"{kernels['all']:.0f}"
         except Exception as error:  # no profiler here; the speeds stand
-            kernels = {"all": float("nan")}
             result["kernels"] = f"{type(error).__name__}: {error}"[:300]
-        result["kernels_us_per_token"][name] = kernels
+            all_kernels = "?"
         print(
             f"{name}: {1 / median:.1f} tokens/s, {result['new_tokens_per_second'][name]:.1f} with "
-            f"all; kernels take {kernels['all']:.0f} of {1e6 * median:.0f} us a token",
+            f"all; kernels take {all_kernels} of {1e6 * median:.0f} us a token",
             flush=True,
         )
 

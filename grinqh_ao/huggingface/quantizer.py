@@ -128,9 +128,11 @@ class GrinqhHfQuantizer(HfQuantizer):
             if type(parameters[name]) is nn.Parameter:
                 # In a state_dict: files are checked before.
                 raise CheckpointError(f"{name}: missing")
+        owners = owners_of_parameters(model)
         for _, module, _ in quantized_modules(model):
-            module.weight.requires_grad_(False)  # transformers made a parameter of it anew
-            adopt(module)
+            held: Any = module.weight
+            held.requires_grad_(False)  # transformers made a parameter of it anew
+            adopt(module, shared=len(owners[held]) > 1)
         for parameter in model.parameters():
             # Tensors mapped from a file lie anywhere, and products of dense ones differ by that in
             # their last bit.

@@ -2,7 +2,7 @@
 
 A program reads one tile of outputs (512 for most layers) over a chunk of input channels. More
 programs keep more bytes in flight and start reading sooner; longer chunks waste less on lists,
-padding and sums. What is here was measured on an H100, but for UNSEEN (docs/kernel.md); for other
+padding and sums. What is here was measured on an H100 (docs/kernel.md); for other
 GPUs it is taken over, or found by compiling.
 """
 
@@ -104,9 +104,10 @@ def of_programs(
     )
 
 
-def registers(capability: int, form: str, rows: int, words: int, free: bool) -> int | None:
+def registers(capability: int, form: str, rows: int, words: int, long: bool) -> int | None:
     """Found by compiling; the tests hold what comes of them. Where bandwidth is high, a fourth
-    program on each multiprocessor is worth some spills, hardly any of them in a loop."""
-    if (form, rows, words) == ("mma", 1, 32) and capability in (80, 90) and not free:
+    program on each multiprocessor is worth some spills, hardly any of them in a loop; not in the
+    ``long`` programs of a layer that has few of them."""
+    if (form, rows, words) == ("mma", 1, 32) and capability in (80, 90) and not long:
         return 128
     return 168 if (form, rows, words) == ("fma", 1, 32) else None
