@@ -58,8 +58,8 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
                 logger.warning("%s are not fused: %s", ", ".join(full_names), reason)
             else:
                 for member in members:
-                    member.__class__ = FusedLinear
                     adopt(member)
+                    member.__class__ = FusedLinear
                 group = _Group(cast(list[FusedLinear], members))
                 for index, member in enumerate(group.members):
                     member._group, member._index = group, index
@@ -72,7 +72,7 @@ def unfuse_projections(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedLinear):
             del module._group, module._index
-            cast(nn.Module, module).__class__ = GrinqhLinear
+            module.__class__ = GrinqhLinear  # type: ignore[assignment]
 
 
 def _why_separate(members: list[nn.Linear]) -> str:

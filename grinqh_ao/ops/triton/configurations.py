@@ -2,8 +2,8 @@
 
 A program reads one tile of outputs (512 for most layers) over a chunk of input channels. More
 programs keep more bytes in flight and start reading sooner; longer chunks waste less on lists,
-padding and sums. What is here was measured on an H100 (docs/kernel.md); for other
-GPUs it is taken over, or found by compiling.
+padding and sums. What is here was measured on an H100 (docs/kernel.md); for other GPUs it is taken
+over, or found by compiling.
 """
 
 from __future__ import annotations
