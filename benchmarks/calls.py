@@ -4,7 +4,7 @@
 
 A model with as many layers as Llama-3-8B has, small ones, on this CPU. "tensor" has plain nn.Linear
 layers with a GrinqhTensor each, "layer" what quantize_ makes of them, "fused" is that after
-fuse_projections.
+fuse_projections. "No module's checks" is with UNCHECKED, which docs/quickstart.md recommends.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 PROMPT, WARM_UP, STEPS, ROUNDS = 4, 10, 50, 3
 EAGER_CALLS = 2000
+UNCHECKED = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
 
 
 class Stopwatch:
@@ -76,10 +77,16 @@ def build(kind: str) -> Any:
     return model
 
 
-def compiled_steps(model: Any, watch: Stopwatch) -> dict[str, float]:
-    """Median microseconds of a step's checks, and from there to the first kernel."""
+def compiled_steps(
+    model: Any, watch: Stopwatch, options: dict[str, Any] | None = None
+) -> dict[str, float]:
+    """Median microseconds of a step's checks, and from there to the first kernel.
+
+    Args:
+        options: of ``torch.compile``.
+    """
     torch._dynamo.reset()
-    forward = torch.compile(model.forward, fullgraph=True, backend=watch.backend)
+    forward = torch.compile(model.forward, fullgraph=True, backend=watch.backend, options=options)
     cache = transformers.StaticCache(config=model.config, max_cache_len=PROMPT + WARM_UP + STEPS)
     ids = torch.zeros(1, PROMPT, dtype=torch.int64)
     model(ids, past_key_values=cache, use_cache=True)
@@ -121,7 +128,9 @@ def main() -> None:
     steps: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(ROUNDS):
         for kind, model in models.items():  # one at a time: compiled code is looked for in turn
-            steps[kind].append(compiled_steps(model, watch))
+            found = compiled_steps(model, watch)
+            found["no module's checks"] = compiled_steps(model, watch, UNCHECKED)["checks"]
+            steps[kind].append(found)
     eager = eager_calls({kind: model for kind, model in models.items() if kind != "fused"})
     rows = [
         {"kind": kind}

@@ -19,7 +19,7 @@ from grinqh_ao.stepping import guard_steps
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 try:  # teaches transformers to load and save, wherever it is installed
-    from grinqh_ao.huggingface import GrinqhHfConfig, load, save
+    from grinqh_ao.huggingface import GrinqhHfConfig, defer_stop_checks, load, save
 except ImportError as _error:
     _why_not = str(_error)
 else:
@@ -35,6 +35,7 @@ __all__ = [
     "all_but_head",
     "calibrate",
     "decode_every_row",
+    "defer_stop_checks",
     "evaluate",
     "fuse_projections",
     "guard_steps",
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 if _why_not:
-    _OF_TRANSFORMERS = ("GrinqhHfConfig", "load", "save")
+    _OF_TRANSFORMERS = ("GrinqhHfConfig", "defer_stop_checks", "load", "save")
     __all__ = [name for name in __all__ if name not in _OF_TRANSFORMERS]
 
     def __getattr__(name: str) -> object:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import quantize_
@@ -100,6 +101,30 @@ def test_compiled_forward_in_a_generation_loop():
     expected = generate(model, ids)
     model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="eager")
     assert generate(model, ids) == expected
+
+
+def test_compiled_without_checks_of_modules():
+    model = tiny_model("llama", tied=True)
+    quantize_(model, GrinqhConfig(bits=3))
+    ids = torch.randint(0, 320, (1, 9))
+    graphs = 0
+
+    def backend(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    config = transformers.CompileConfig(
+        backend=backend,
+        mode=None,
+        options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+    )
+    config._compile_all_devices = True
+    compiled = {"cache_implementation": "static", "compile_config": config}
+    for bits in (3, 2, 4):
+        set_bits(model, bits)
+        assert generate(model, ids, **compiled) == generate(model, ids)
+        assert graphs == 1
 
 
 def test_set_bits_changes_what_is_measured_and_back_is_identical(family):

@@ -17,18 +17,19 @@ import torch
 from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
 from gpu_suite import timing
-from grinqh_ao import GrinqhConfig, fuse_projections, set_bits
+from grinqh_ao import GrinqhConfig, defer_stop_checks, fuse_projections, set_bits
 
-# And the bits of each; the most telling first.
+# And the bits of each; the most telling first. "Unchecked": without Dynamo's checks of modules.
 KINDS: dict[str, Sequence[float | None]] = {
     "bf16": [None],
     "grinqh": [3, 2, 4],
+    "grinqh unchecked": [3],
     "torchao int4": [None],
 }
-ROOM_FOR_ALL = 60 << 30  # as long as their dense weights are all there
+ROOM_FOR_ALL = 72 << 30  # as long as their dense weights are all there
 NEW_TOKENS = 128
 PROMPT = 32
-ROUNDS = 3
+ROUNDS = 2
 PROFILED_TOKENS = 16
 MOST_KERNELS = 12
 
@@ -74,7 +75,7 @@ class Model:
         self.model: Any = build(model_class, config)
         self.facts: dict[str, Any] = {"weights": sum(p.numel() for p in self.model.parameters())}
         begin = time.perf_counter()
-        if kind == "grinqh":
+        if kind.startswith("grinqh"):
             quantize_(self.model, GrinqhConfig(bits=3))
             timing.wait()
             self.facts["quantize_seconds"] = time.perf_counter() - begin
@@ -83,20 +84,28 @@ class Model:
             quantize_(
                 self.model, Int4WeightOnlyConfig(128, int4_packing_format="tile_packed_to_4d")
             )
+        if kind.endswith("unchecked"):
+            self.model.generation_config.compile_config = without_module_checks()
         begin = time.perf_counter()
         generate(self.model, Clock())
         self.facts["first_generate_seconds"] = time.perf_counter() - begin
 
-    def seconds(self, bits: float | None) -> tuple[list[float], float]:
+    def seconds(self, bits: float | None, deferred: bool) -> tuple[list[float], float, list[int]]:
         """Of every token after the second, and of all of ``generate()``: its static cache is a new
-        one, for which the compiled model is captured again at the second token."""
+        one, for which the compiled model is captured again at the second token. And the tokens.
+
+        Args:
+            deferred: whether ``generate()`` should stop is looked at a token later.
+        """
         self.read(bits)
+        defer_stop_checks(deferred)
         clock = Clock()
         begin = time.perf_counter()
-        generate(self.model, clock)
+        tokens = generate(self.model, clock)
         all_of_it = time.perf_counter() - begin
+        defer_stop_checks(False)
         times = clock.times[2:]  # the prompt and the first token came before
-        return [b - a for a, b in itertools.pairwise(times)], all_of_it
+        return [b - a for a, b in itertools.pairwise(times)], all_of_it, tokens
 
     def kernels(self, bits: float | None) -> dict[str, float]:
         """Microseconds that a token's kernels take, those that take most by name; what
@@ -115,6 +124,14 @@ class Model:
             set_bits(self.model, bits)
 
 
+def without_module_checks() -> Any:
+    """As docs/transformers.md has it."""
+    from transformers import CompileConfig
+
+    skipped = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return CompileConfig(mode=None, options={"triton.cudagraphs": True, "guard_filter_fn": skipped})
+
+
 class Here:
     """A model in this process."""
 
@@ -124,8 +141,8 @@ class Here:
     def facts(self) -> dict[str, Any]:
         return self.model.facts
 
-    def ask(self, method: str, bits: float | None) -> Any:
-        return getattr(self.model, method)(bits)
+    def ask(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.model, method)(*arguments)
 
     def close(self) -> None:
         del self.model
@@ -165,8 +182,8 @@ def serve(connection: Any, device: str, *arguments: Any) -> None:
         model = Model(*arguments)
         connection.send(model.facts)
         while True:
-            method, bits = connection.recv()
-            connection.send(getattr(model, method)(bits))
+            method, *arguments = connection.recv()
+            connection.send(getattr(model, method)(*arguments))
     except Exception as error:  # many cannot be sent as they are
         connection.send(RuntimeError(f"{type(error).__name__}: {error}"[:300]))
 
@@ -176,6 +193,7 @@ def measure(model_class: Any, config: Any) -> dict[str, Any]:
         "tokens_per_second": {},  # by the median of the tokens after the second
         "new_tokens_per_second": {},  # of all of generate()
         "kernels_us_per_token": {},
+        "same_tokens": {},  # deferred as when not
     }
     on_gpu = timing.DEVICE == "cuda"
     room = on_gpu and torch.cuda.mem_get_info()[0] > ROOM_FOR_ALL
@@ -191,7 +209,7 @@ def measure(model_class: Any, config: Any) -> dict[str, Any]:
 
 
 def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
-    candidates: dict[str, tuple[Any, float | None]] = {}
+    candidates: dict[str, tuple[Any, float | None, bool]] = {}
     for kind, model in models.items():
         try:
             result[kind] = model.facts()
@@ -200,25 +218,32 @@ def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
         else:
             for bits in KINDS[kind]:
                 name = kind if bits is None else f"{kind} {bits:g}, fused"
-                candidates[name] = model, bits
+                candidates[name] = model, bits, False
+                candidates[f"{name}, deferred"] = model, bits, True
         print(f"{kind}: {result[kind]}", flush=True)
     of_tokens: dict[str, list[float]] = {name: [] for name in candidates}
     of_all: dict[str, list[float]] = {name: [] for name in candidates}
+    tokens: dict[str, list[int]] = {}
     for _ in range(ROUNDS):
-        for name, (model, bits) in list(candidates.items()):
+        for name, (model, bits, deferred) in list(candidates.items()):
             try:
-                tokens, all_of_it = model.ask("seconds", bits)
+                times, all_of_it, tokens[name] = model.ask("seconds", bits, deferred)
             except Exception as error:  # its process has ended; the others stand
                 result[name] = f"{type(error).__name__}: {error}"[:300]
                 del candidates[name]
                 continue
-            of_tokens[name] += tokens
+            of_tokens[name] += times
             of_all[name].append(all_of_it)
-            print(f"{name}: {1e3 * statistics.median(tokens):.2f} ms a token", flush=True)
-    for name, (model, bits) in candidates.items():
+            print(f"{name}: {1e3 * statistics.median(times):.2f} ms a token", flush=True)
+    for name, (model, bits, deferred) in candidates.items():
         median = statistics.median(of_tokens[name])
         result["tokens_per_second"][name] = 1 / median
         result["new_tokens_per_second"][name] = NEW_TOKENS / statistics.median(of_all[name])
+        if deferred:
+            same = tokens[name] == tokens.get(name.removesuffix(", deferred"))
+            result["same_tokens"][name] = same
+            print(f"{name}: {1 / median:.1f} tokens/s, the same tokens: {same}", flush=True)
+            continue
         try:
             kernels = model.ask("kernels", bits)
             result["kernels_us_per_token"][name] = kernels
@@ -275,11 +300,12 @@ class Profiler(Clock):
         self.tokens = len(self.times) - 3
 
 
-def generate(model: Any, clock: Clock) -> None:
+def generate(model: Any, clock: Clock) -> list[int]:
     """With a static cache, which compiles."""
-    ids = torch.randint(0, 100, (1, PROMPT), device=timing.DEVICE)
-    model.generate(
+    ids = torch.arange(PROMPT, device=timing.DEVICE)[None]
+    tokens = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
         cache_implementation="static", max_new_tokens=NEW_TOKENS, eos_token_id=None,
         streamer=clock,
     )  # fmt: skip
+    return tokens[0].tolist()

@@ -6,7 +6,8 @@ from grinqh_ao.experts import IMPLEMENTATION, experts_forward
 from grinqh_ao.huggingface.config import GrinqhHfConfig
 from grinqh_ao.huggingface.quantizer import GrinqhHfQuantizer, attach
 from grinqh_ao.huggingface.sharing import load, save
+from grinqh_ao.huggingface.stop_check import defer_stop_checks
 
-__all__ = ["GrinqhHfConfig", "GrinqhHfQuantizer", "attach", "load", "save"]
+__all__ = ["GrinqhHfConfig", "GrinqhHfQuantizer", "attach", "defer_stop_checks", "load", "save"]
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -1,0 +1,109 @@
+"""``defer_stop_checks``: the same tokens, and only where transformers can undo a step."""
+
+import pytest
+import torch
+from torchao.quantization import quantize_
+from transformers import DynamicCache
+from transformers.generation.utils import DeferredStopCheck
+
+from grinqh_ao import GrinqhConfig, defer_stop_checks
+from grinqh_ao.huggingface import stop_check
+from models import tiny_model
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    defer_stop_checks(False)
+    yield
+    defer_stop_checks(False)
+
+
+class Event:
+    """Of a device that is never behind."""
+
+    def __init__(self, device, blocking):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class Streamer:
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, tokens):
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self):
+        self.tokens.append("end")
+
+
+def supported(device, cache=None, returned=False, is_assistant=False):
+    return DeferredStopCheck.is_supported(device, cache, returned, is_assistant=is_assistant)
+
+
+def test_deferred_where_transformers_can_undo_a_step():
+    assert not supported(CUDA)
+    for _ in range(2):
+        defer_stop_checks()
+        assert supported(CUDA)
+        assert supported(CUDA, DynamicCache())
+        assert not supported(CUDA, is_assistant=True)
+        assert not supported(torch.device("cpu"))
+    uncuttable = DynamicCache()
+    uncuttable.layers.append(type("Layer", (), {"is_croppable": False})())
+    assert supported(CUDA, uncuttable)
+    assert not supported(CUDA, uncuttable, returned=True)
+    for _ in range(2):
+        defer_stop_checks(False)
+        assert not supported(CUDA)
+
+
+def test_anything_but_a_bool_is_refused():
+    with pytest.raises(TypeError, match="deferred=None: expected True or False"):
+        defer_stop_checks(None)
+    assert not supported(CUDA)
+
+
+@pytest.mark.parametrize("stops_early", [True, False])
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("sample", [True, False])
+def test_the_same_tokens(stops_early, cache, sample, monkeypatch):
+    model = tiny_model("llama", tied=True)
+    quantize_(model, GrinqhConfig(bits=3))
+    ids = torch.randint(0, 320, (1, 9))
+    steps = 0
+
+    def count(module, inputs):
+        nonlocal steps
+        steps += 1
+
+    model.lm_head.register_forward_pre_hook(count)
+
+    def generate(**options):
+        nonlocal steps
+        steps, streamer = 0, Streamer()
+        torch.manual_seed(1)
+        tokens = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=sample,
+            pad_token_id=0, cache_implementation=cache, streamer=streamer, **options,
+        )  # fmt: skip
+        return tokens[0].tolist(), streamer.tokens, steps
+
+    options = {}
+    if stops_early:
+        options["eos_token_id"] = generate()[0][15]
+    *expected, necessary = generate(**options)
+    assert (len(expected[0]) < 9 + 12) == stops_early
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(stop_check, "_has_events", lambda device: True)
+    defer_stop_checks()
+    *found, steps = generate(**options)
+    assert found == expected
+    assert steps == necessary + stops_early  # one too many, and undone
