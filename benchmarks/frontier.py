@@ -102,7 +102,7 @@ def thresholds(model: nn.Module, ids: Tensor, batches: list[Tensor]) -> list[dic
         "together": together(importance=False),
         "by importance": together(),
         "by importance, 512 tokens": together(batches[:1]),
-        "by importance, static": together(relative=0),
+        "by importance, a quarter relative": together(relative=0.25),
         "by importance, half relative": together(relative=0.5),
     }
     for name, prepare in variants.items():

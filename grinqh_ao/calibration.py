@@ -22,7 +22,6 @@ from grinqh_ao.torchao_tensor import GrinqhTensor
 logger = logging.getLogger("grinqh_ao")
 
 SEQUENCE = 512
-RELATIVE = 0.25
 # Importance makes no layer's thresholds larger or smaller than by this.
 MOST_UNEQUAL = 4.0
 # Of a token, on average: a longer text is not tokenized to its end.
@@ -36,7 +35,7 @@ def calibrate(
     *,
     tokenizer: Callable[..., Any] | None = None,
     tokens: int = 4096,
-    relative: float = RELATIVE,
+    relative: float = 0.0,
     importance: bool = True,
     stored_bits: float | None = None,
 ) -> None:
@@ -59,9 +58,9 @@ def calibrate(
         bits: as in :func:`grinqh_ao.set_bits`; None keeps what each layer aims at now.
         tokenizer: of transformers; needed for texts.
         tokens: how many tokens of the texts to use at most, in sequences of 512.
-        relative: how much a token's thresholds follow its own mean ``|x|``, from 0 (not at all)
-            to 1. The more, the less bits drift on text of another kind; the less, the more bits go
-            to the tokens that are large. At 0 GPUs decode faster: there is no mean to compute.
+        relative: how much a token's thresholds follow its own mean ``|x|``, from 0 (not at all,
+            which GPUs decode faster: there is no mean to compute) to 1. The more, the less bits
+            drift on text of another kind; the less, the more bits go to tokens that are large.
         importance: find out what errors in each layer cost, by a backward pass for each batch, and
             share out bits accordingly. The model has to return logits. Takes memory for the
             activations of one batch, and brings all offloaded weights to their device at once;
@@ -93,7 +92,7 @@ def calibrate_layers(
     layers: Layers,
     batches: Iterable[Batch],
     bits: float | None = None,
-    relative: float = RELATIVE,
+    relative: float = 0.0,
     importance: bool = True,
     stored_bits: float | None = None,
 ) -> None:
