@@ -17,7 +17,7 @@ import torch
 from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
 from gpu_suite import timing
-from grinqh_ao import GrinqhConfig, defer_stop_checks, fuse_projections, set_bits
+from grinqh_ao import GrinqhConfig, calibrate, defer_stop_checks, fuse_projections, set_bits
 
 # And the bits of each; the most telling first. "Unchecked": without Dynamo's checks of modules.
 KINDS: dict[str, Sequence[float | None]] = {
@@ -29,6 +29,7 @@ KINDS: dict[str, Sequence[float | None]] = {
 ROOM_FOR_ALL = 72 << 30  # as long as their dense weights are all there
 NEW_TOKENS = 128
 PROMPT = 32
+CALIBRATION = 256
 ROUNDS = 2
 PROFILED_TOKENS = 16
 MOST_KERNELS = 12
@@ -79,6 +80,8 @@ class Model:
             quantize_(self.model, GrinqhConfig(bits=3))
             timing.wait()
             self.facts["quantize_seconds"] = time.perf_counter() - begin
+            text = torch.randint(0, config.vocab_size, (1, CALIBRATION), device=timing.DEVICE)
+            calibrate(self.model, text, importance=False)  # so that thresholds are static
             fuse_projections(self.model)  # kernels.fused_projections has them apart
         elif kind == "torchao int4":
             quantize_(

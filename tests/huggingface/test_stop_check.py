@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import quantize_
 from transformers import DynamicCache
 from transformers.generation.utils import DeferredStopCheck
@@ -44,6 +45,18 @@ class Streamer:
         self.tokens.append("end")
 
 
+class CountWaits(TorchDispatchMode):
+    """Whenever Python wants to know a number on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.waits += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 def supported(device, cache=None, returned=False, is_assistant=False):
     return DeferredStopCheck.is_supported(device, cache, returned, is_assistant=is_assistant)
 
@@ -69,6 +82,21 @@ def test_anything_but_a_bool_is_refused():
     with pytest.raises(TypeError, match="deferred=None: expected True or False"):
         defer_stop_checks(None)
     assert not supported(CUDA)
+
+
+def test_it_is_the_only_wait_of_a_token():
+    model = tiny_model("llama", tied=True)
+    quantize_(model, GrinqhConfig(bits=3))
+    ids = torch.randint(0, 320, (1, 9))
+    waits = []
+    for tokens in (4, 14):
+        with CountWaits() as count:
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, eos_token_id=5,
+                max_new_tokens=tokens, do_sample=False, cache_implementation="static",
+            )  # fmt: skip
+        waits.append(count.waits)
+    assert waits[1] - waits[0] == 14 - 4
 
 
 @pytest.mark.parametrize("stops_early", [True, False])
