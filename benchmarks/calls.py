@@ -86,6 +86,7 @@ def compiled_steps(
         options: of ``torch.compile``.
     """
     torch._dynamo.reset()
+    options = dict(options or {})  # torch.compile takes out what it knows
     forward = torch.compile(model.forward, fullgraph=True, backend=watch.backend, options=options)
     cache = transformers.StaticCache(config=model.config, max_cache_len=PROMPT + WARM_UP + STEPS)
     ids = torch.zeros(1, PROMPT, dtype=torch.int64)

@@ -16,7 +16,7 @@ from grinqh_ao import GrinqhConfig, set_bits
 from grinqh_ao.model import quantized_linears
 from models import tiny_model
 
-STEPS = int(os.environ.get("GRINQH_SOAK_STEPS", "1000"))
+STEPS = int(os.environ.get("GRINQH_SOAK_STEPS", "500"))
 CHECKS = 100 if STEPS >= 20000 else 30
 BATCHES = (1, 2, 4)
 LENGTH = 48

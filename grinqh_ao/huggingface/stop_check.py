@@ -21,9 +21,9 @@ def defer_stop_checks(deferred: bool = True) -> None:
     """Has ``generate()`` look one token late whether to stop, on all accelerators, in all threads.
 
     Tokens stay the same: the step that may be one too many is undone. It takes effect where
-    transformers supports it: in greedy search and sampling, not in an assistant's draft, and where
-    a cache is returned only if it can be cut. Worth it where steps are compiled into CUDA graphs,
-    and so take the GPU longer than the host.
+    transformers supports it: in greedy search and sampling, not in an assistant's draft; and where
+    a cache is your own or returned, only if it can be cut, as a ``StaticCache`` cannot. Worth it
+    where steps are compiled into CUDA graphs, and so take the GPU longer than the host.
 
     Args:
         deferred: False has ``generate()`` wait again.

@@ -15,6 +15,7 @@ from grinqh_ao.ops.cpu import build
 def fresh(monkeypatch, tmp_path):
     """As in a process that has not decoded yet, on a machine that has compiled nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "NATIVE", (*build.NATIVE, "-O0"))  # compiles faster
     forget()
     yield tmp_path
     forget()

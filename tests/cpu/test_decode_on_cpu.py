@@ -18,8 +18,8 @@ from plain import absolute, laplace
 LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
 # Of the largest output.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-# Instructions that this processor may not be asked for otherwise; -O1 compiles faster.
-OTHER_MACHINES = {"avx2": ("-mavx2", "-mfma", "-O1"), "portable": ("-O1",)}
+# Instructions that this processor may not be asked for otherwise; -Og compiles faster.
+OTHER_MACHINES = {"avx2": ("-mavx2", "-mfma", "-Og"), "portable": ("-Og",)}
 
 
 def can_run(machine: str) -> bool:
