@@ -4,7 +4,7 @@
 
 A model with as many layers as Llama-3-8B has, small ones, on this CPU. "tensor" has plain nn.Linear
 layers with a GrinqhTensor each, "layer" what quantize_ makes of them, "fused" is that after
-fuse_projections. "No module's checks" is with UNCHECKED, which docs/quickstart.md recommends.
+fuse_projections. "No module's checks" is with UNCHECKED, which docs/transformers.md recommends.
 """
 
 from __future__ import annotations

@@ -48,6 +48,14 @@ def test_layers_read_what_was_asked_for(family, relative):
         assert summary(model).bits == pytest.approx(bits, abs=1e-3)
 
 
+def test_thresholds_are_static_unless_asked():
+    model = quantized()
+    for options, static in (({}, True), ({"relative": 0.5}, False)):
+        calibrate(model, batches(), **options)
+        for _, _, weight in quantized_linears(model):
+            assert bool((weight.thresholds[1] == 0).all()) == static
+
+
 def test_it_is_closer_than_the_formula(family):
     model = quantized(family, bits=2, head_bits=None)
     unseen = torch.cat(batches(seed=1, count=4))

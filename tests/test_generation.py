@@ -116,6 +116,7 @@ def test_compiled_without_checks_of_modules():
 
     config = transformers.CompileConfig(
         backend=backend,
+        fullgraph=True,
         mode=None,
         options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
     )

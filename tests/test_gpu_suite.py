@@ -103,6 +103,29 @@ def test_models(monkeypatch):
     assert torch.get_default_dtype() == torch.float32
 
 
+class Parrot:
+    """A model whose tokens are others when stop checks are deferred, if it is told so."""
+
+    def __init__(self, differs):
+        self.differs = differs
+
+    def facts(self):
+        return {}
+
+    def ask(self, method, bits, deferred=False):
+        if method == "kernels":
+            return {"all": 1.0}
+        return [1.0, 2.0], 3.0, [int(deferred and self.differs)]
+
+
+def test_other_tokens_are_seen():
+    report = {"tokens_per_second": {}, "new_tokens_per_second": {}, "kernels_us_per_token": {}}
+    report |= {"same_tokens": {}}
+    models = {"bf16": Parrot(differs=False), "torchao int4": Parrot(differs=True)}
+    whole_models.measure_in_turn(models, report)
+    assert report["same_tokens"] == {"bf16, deferred": True, "torchao int4, deferred": False}
+
+
 def test_models_in_processes_of_their_own():
     import transformers
 

@@ -50,7 +50,7 @@ def needed_bytes(n: int, k: int, bits: float) -> float:
 
 
 def static(weight: GrinqhTensor, x: torch.Tensor) -> GrinqhTensor:
-    """A copy with static thresholds, as calibrate(relative=0) leaves them: they need no mean."""
+    """A copy with static thresholds, as calibrate leaves them: they need no mean."""
     copy = weight.clone()
     mean = (x.abs().float() * weight.sensitivity).mean()
     copy.thresholds[0] = (weight.thresholds[1] * mean).clamp(max=torch.finfo(torch.float32).max)

@@ -9,21 +9,27 @@ on ("mps").
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_changing = threading.Lock()
 _theirs: Callable[..., bool] | None = None  # while ours is in its place
 
 
 def defer_stop_checks(deferred: bool = True) -> None:
-    """Has ``generate()`` look one token late whether to stop, on all accelerators, in all threads.
+    """Has ``generate()`` look one token late whether to stop, on GPUs too, in all threads.
 
-    Tokens stay the same: the step that may be one too many is undone. It takes effect where
-    transformers supports it: in greedy search and sampling, not in an assistant's draft; and where
-    a cache is your own or returned, only if it can be cut, as a ``StaticCache`` cannot. Worth it
-    where steps are compiled into CUDA graphs, and so take the GPU longer than the host.
+    The step that may be one too many is undone, so that the tokens of a call stay the same. But it
+    was made: where sampling stops early, one more random number has been drawn, and logits
+    processors and stopping criteria have seen one more token. Streamers get tokens one step late.
+
+    It takes effect where transformers supports it: in greedy search and sampling, not in beam
+    search or assisted decoding; and where a cache is your own or returned, only if it can be cut,
+    as a ``StaticCache`` cannot. And on the current GPU only. Worth it where steps are compiled into
+    CUDA graphs, and so take the GPU longer than the host.
 
     Args:
         deferred: False has ``generate()`` wait again.
@@ -36,21 +42,34 @@ def defer_stop_checks(deferred: bool = True) -> None:
         raise TypeError(f"deferred={deferred!r}: expected True or False")
     from transformers.generation.utils import DeferredStopCheck
 
-    if deferred and _theirs is None:
-        _theirs = DeferredStopCheck.is_supported
-        DeferredStopCheck.is_supported = staticmethod(_wherever_it_can_be(_theirs))
-    elif not deferred and _theirs is not None:
-        DeferredStopCheck.is_supported = staticmethod(_theirs)
-        _theirs = None
+    with _changing:
+        if deferred and _theirs is None:
+            _theirs = DeferredStopCheck.is_supported
+            DeferredStopCheck.is_supported = staticmethod(_on_gpus_too(_theirs))
+        elif not deferred and _theirs is not None:
+            DeferredStopCheck.is_supported = staticmethod(_theirs)
+            _theirs = None
 
 
-def _wherever_it_can_be(theirs: Callable[..., bool]) -> Callable[..., bool]:
+def _on_gpus_too(theirs: Callable[..., bool]) -> Callable[..., bool]:
+    from transformers import EncoderDecoderCache
+
     @functools.wraps(theirs)
-    def is_supported(device: torch.device, *args: Any, **kwargs: Any) -> bool:
-        return theirs(torch.device("mps") if _has_events(device) else device, *args, **kwargs)
+    def is_supported(
+        device: torch.device, cache: Any, cache_is_returned: bool, **options: Any
+    ) -> bool:
+        if isinstance(cache, EncoderDecoderCache) and cache_is_returned:
+            return False  # they look for layers in it, when all is done
+        if _is_current(device):
+            device = torch.device("mps")
+        return theirs(device, cache, cache_is_returned, **options)
 
     return is_supported
 
 
-def _has_events(device: torch.device) -> bool:
-    return device.type != "cpu"
+def _is_current(device: torch.device) -> bool:
+    """What is awaited are events, which are recorded on the accelerator that is current."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or device.type != accelerator.type:
+        return False
+    return device.index in (None, torch.accelerator.current_device_index())

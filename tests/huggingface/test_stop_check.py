@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import quantize_
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import DeferredStopCheck
 
 from grinqh_ao import GrinqhConfig, defer_stop_checks
@@ -12,6 +12,13 @@ from grinqh_ao.huggingface import stop_check
 from models import tiny_model
 
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """The second is current."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: CUDA)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +68,7 @@ def supported(device, cache=None, returned=False, is_assistant=False):
     return DeferredStopCheck.is_supported(device, cache, returned, is_assistant=is_assistant)
 
 
+@pytest.mark.usefixtures("two_gpus")
 def test_deferred_where_transformers_can_undo_a_step():
     assert not supported(CUDA)
     for _ in range(2):
@@ -68,20 +76,38 @@ def test_deferred_where_transformers_can_undo_a_step():
         assert supported(CUDA)
         assert supported(CUDA, DynamicCache())
         assert not supported(CUDA, is_assistant=True)
-        assert not supported(torch.device("cpu"))
     uncuttable = DynamicCache()
     uncuttable.layers.append(type("Layer", (), {"is_croppable": False})())
     assert supported(CUDA, uncuttable)
     assert not supported(CUDA, uncuttable, returned=True)
+    in_two = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    assert supported(CUDA, in_two)
+    assert not supported(CUDA, in_two, returned=True)
     for _ in range(2):
         defer_stop_checks(False)
         assert not supported(CUDA)
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_deferred_on_the_current_gpu():
+    defer_stop_checks()
+    assert supported(torch.device("cuda", 1))
+    assert not supported(torch.device("cuda", 0))
+    assert not supported(torch.device("cpu"))
+    assert not supported(torch.device("meta"))
+
+
+def test_not_deferred_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    defer_stop_checks()
+    assert not supported(CUDA)
+
+
 def test_anything_but_a_bool_is_refused():
+    theirs = DeferredStopCheck.is_supported
     with pytest.raises(TypeError, match="deferred=None: expected True or False"):
         defer_stop_checks(None)
-    assert not supported(CUDA)
+    assert DeferredStopCheck.is_supported is theirs
 
 
 def test_it_is_the_only_wait_of_a_token():
@@ -130,7 +156,7 @@ def test_the_same_tokens(stops_early, cache, sample, monkeypatch):
     *expected, necessary = generate(**options)
     assert (len(expected[0]) < 9 + 12) == stops_early
     monkeypatch.setattr(torch, "Event", Event)
-    monkeypatch.setattr(stop_check, "_has_events", lambda device: True)
+    monkeypatch.setattr(stop_check, "_is_current", lambda device: True)
     defer_stop_checks()
     *found, steps = generate(**options)
     assert found == expected

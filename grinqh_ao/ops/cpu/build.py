@@ -99,7 +99,7 @@ def cached_library() -> Path:
         _log.info("grinqh_ao: compiling kernels for this CPU, which is kept in %s", directory)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as temporary:
-            compile_library(Path(temporary) / library.name)
+            compile_library(Path(temporary) / library.name, NATIVE)
             os.replace(Path(temporary) / library.name, library)  # processes may do this at once
         _log.info("grinqh_ao: compiled in %.1f s", time.perf_counter() - started)
     return library
@@ -110,7 +110,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grinqh_ao"
 
 
-def compile_library(into: Path, machine: Sequence[str] = NATIVE) -> None:
+def compile_library(into: Path, machine: Sequence[str]) -> None:
     """Compiles the kernels, in a few seconds.
 
     Args:
