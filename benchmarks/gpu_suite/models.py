@@ -134,7 +134,8 @@ def without_module_checks() -> Any:
     from transformers import CompileConfig
 
     skipped = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    return CompileConfig(mode=None, options={"triton.cudagraphs": True, "guard_filter_fn": skipped})
+    options = {"triton.cudagraphs": True, "guard_filter_fn": skipped}
+    return CompileConfig(fullgraph=True, mode=None, options=options)
 
 
 class Here:
