@@ -18,7 +18,7 @@ demo: $(VENV)/demo
 	$(BIN)/python -m grinqh_ao.demo $(ARGS)
 
 test: $(VENV)/demo $(VENV)/test
-	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses logical --maxprocesses 4 --dist loadfile)
+	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

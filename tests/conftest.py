@@ -18,8 +18,20 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Files that take long, begun first: none of them is to be what one process does while others wait.
+LONGEST = (
+    "test_documentation", "test_tensor_parallel", "test_decode", "test_smollm2", "test_dtensor",
+    "test_decode_on_cpu", "test_worst_case", "test_processes", "test_interrupted_saving",
+    "test_generation", "test_gpu_suite", "test_compiled", "test_soak", "test_cli",
+)  # fmt: skip
+
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
