@@ -71,8 +71,8 @@ def build(model_class: Any, config: Any) -> torch.nn.Module:
 class Model:
     """One that has generated once, and so is compiled."""
 
+    @torch.no_grad()  # as generate() is
     def __init__(self, kind: str, model_class: Any, config: Any) -> None:
-        torch.set_grad_enabled(False)
         self.model: Any = build(model_class, config)
         self.facts: dict[str, Any] = {"weights": sum(p.numel() for p in self.model.parameters())}
         begin = time.perf_counter()
