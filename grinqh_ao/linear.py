@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grinqh_ao import decode_rule, ops
 from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
+from grinqh_ao.ops.products import dense_product, product_dtype
 from grinqh_ao.slices import split, unpack_rows
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -99,9 +100,10 @@ def _dense(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None) -> Tens
             weight.low,
             weight.levels[-1],
         )
-    dense = weight.dequantize(x.dtype)
+    dtype = product_dtype(x)
+    dense = weight.dequantize(dtype)
     if not wants_grad or torch.compiler.is_compiling():
-        return F.linear(x, dense, bias)
+        return dense_product(x, dense, bias)
     # A backward pass dequantizes again, so that between the passes there is no dense weight.
     place = dense.data_ptr()
 
@@ -111,10 +113,10 @@ def _dense(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None) -> Tens
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        return weight.dequantize(x.dtype).as_strided(*packed)
+        return weight.dequantize(dtype).as_strided(*packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return F.linear(x, dense, bias)
+        return dense_product(x, dense, bias)
 
 
 def embedding(indices: Tensor, weight: GrinqhTensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
 from grinqh_ao.grading import grade
+from grinqh_ao.ops.products import dense_product, product_dtype
 from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, channels_of, tile_blocks, unpack
 from grinqh_ao.vectors import gains_of, outputs_of, row_scale_of, sensitivity_of, thresholds_of
 
@@ -128,13 +129,14 @@ def dense_experts(
     Beside the result, it takes memory for one expert's dense weight.
     """
     y = x.new_empty(len(x), outputs_of(vectors, x.shape[1]))
+    dtype = product_dtype(x)
     order = experts.argsort(stable=True)
     counts = experts.bincount(minlength=len(slices)).tolist()
     for expert, rows in enumerate(order.split(counts)):
         if len(rows):
             weight = slices[expert], scales[expert], vectors[expert]
-            dense = torch.ops.grinqh.dequantize(*weight, None, level, x.dtype)
-            y[rows] = x[rows] @ dense.t()
+            dense = torch.ops.grinqh.dequantize(*weight, None, level, dtype)
+            y[rows] = dense_product(x[rows], dense)
     return y
 
 
@@ -150,10 +152,10 @@ def dense_linear(
     """Any number of rows times the whole weight at one level; arguments as above.
 
     Returns:
-        [..., N] in the dtype of ``x``, which is also what the weight is rounded to.
+        [..., N] in the dtype of ``x``; the weight is rounded to that of the product.
     """
-    dense = torch.ops.grinqh.dequantize(slices, scales, vectors, low, level, x.dtype)
-    return torch.nn.functional.linear(x, dense, bias)
+    dense = torch.ops.grinqh.dequantize(slices, scales, vectors, low, level, product_dtype(x))
+    return dense_product(x, dense, bias)
 
 
 def dequantize(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grinqh_ao.ops import oracle
 from grinqh_ao.ops.cpu.build import kernels
+from grinqh_ao.ops.products import dense_product, product_dtype
 from grinqh_ao.slices import FIELDS_PER_WORD
 from grinqh_ao.vectors import outputs_of
 
@@ -50,11 +51,9 @@ def dense_linear(
         return oracle.dense_linear(x, *weight, bias, low, level)
     y = x.new_empty(*x.shape[:-1], outputs_of(vectors, x.shape[-1]))
     flat, into = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    for rows, transposed in _blocks(*weight, low, level, x.dtype):
-        if bias is None:
-            into[:, rows] = flat @ transposed
-        else:
-            into[:, rows] = torch.addmm(bias[rows].to(x.dtype), flat, transposed)
+    for rows, transposed in _blocks(*weight, low, level, product_dtype(x)):
+        some = None if bias is None else bias[rows].to(x.dtype)
+        into[:, rows] = dense_product(flat, transposed.t(), some)
     return y
 
 
