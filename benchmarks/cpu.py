@@ -1,9 +1,9 @@
-"""Decoding on a CPU: single layers against other weight formats, then a whole model.
+"""On a CPU: single layers against other weight formats, prompts, then a whole model.
 
     python benchmarks/cpu.py --json benchmarks/results/cpu.json
 
 All are timed in turn, many rounds in one run, and medians are taken: compare ratios. Weights rotate
-past the last-level cache. llama.cpp takes part in the second half if llama-cpp-python is installed.
+past the last-level cache. llama.cpp takes part with the models if llama-cpp-python is installed.
 ``python benchmarks/plot_cpu.py`` draws the result.
 """
 
@@ -38,6 +38,8 @@ SHAPES = [
     (192, 576), (576, 576), (1536, 576), (576, 1536), (49152, 576),
     (4096, 4096), (14336, 4096), (4096, 14336),
 ]  # fmt: skip
+PROMPT_SHAPES = [(1536, 576), (4096, 4096)]
+PROMPT_ROWS = (16, 64, 256)
 ROTATED = 160 << 20  # bytes of weights of each kind, several times a last-level cache
 COPIED = 256 << 20
 CALLS = 4
@@ -165,6 +167,34 @@ def report_layers(threads: list[int], seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
+def report_prompts(seconds: float) -> list[dict[str, Any]]:
+    """Microseconds of several rows at once, dense and dequantized, by the dtype of activations."""
+    rows = []
+    for n, k in PROMPT_SHAPES:
+        torch.manual_seed(0)
+        dense = torch.randn(n, k)
+        nested = copies(GrinqhTensor.from_hp(dense), n * k)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            weights = copies(dense.to(dtype), n * k * dtype.itemsize)
+            for number in PROMPT_ROWS:
+                x = torch.randn(number, k, dtype=dtype)
+                calls = {"dense": weights, "GRINQH": nested}
+                timed: Timed = {
+                    name: [lambda w=w, x=x: F.linear(x, w) for w in found]
+                    for name, found in calls.items()
+                }
+                us = compare(timed, seconds)
+                rows.append({"shape": [n, k], "dtype": str(dtype), "rows": number, "us": us})
+    cells = [
+        [*row["shape"], row["dtype"], row["rows"], *us.values(), us["dense"] / us["GRINQH"]]
+        for row in rows
+        for us in [row["us"]]
+    ]
+    headers = ["out", "in", "dtype", "rows", "dense us", "GRINQH us", "times as fast"]
+    print(tabulate(cells, headers, "github", floatfmt=".2f"), flush=True)
+    return rows
+
+
 def report_models(
     rounds: int, new_tokens: int, modes: list[str], dtypes: list[str]
 ) -> list[dict[str, Any]]:
@@ -213,7 +243,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled"])
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], help="of models")
-    parser.add_argument("--only", nargs="*", choices=["layers", "models", "llama.cpp"])
+    parser.add_argument("--only", nargs="*", choices=["layers", "prompts", "models", "llama.cpp"])
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     report: dict[str, Any] = {
@@ -224,6 +254,7 @@ def main() -> None:
     print(report["machine"])
     sections: dict[str, Callable[[], object]] = {
         "layers": lambda: report_layers(sorted(set(arguments.threads)), arguments.seconds),
+        "prompts": lambda: report_prompts(arguments.seconds),
         "models": lambda: report_models(
             arguments.rounds, arguments.new_tokens, arguments.modes, arguments.dtypes
         ),

@@ -19,6 +19,7 @@ from plain import laplace
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(cpu, "SHAPES", [(128, 64)])
+    monkeypatch.setattr(cpu, "PROMPT_SHAPES", [(128, 64)])
     monkeypatch.setattr(cpu, "ROTATED", 1 << 16)
     monkeypatch.setattr(cpu, "COPIED", 1 << 16)
     threads = torch.get_num_threads()
@@ -43,6 +44,12 @@ def test_layers_and_their_picture(monkeypatch, tmp_path):
     monkeypatch.setattr(plot_cpu, "LEAST_WEIGHTS", 0)
     plot_cpu.draw({"machine": "a CPU; versions", "layers": rows}, tmp_path / "cpu.svg")
     assert (tmp_path / "cpu.svg").stat().st_size > 10_000
+
+
+def test_prompts():
+    rows = cpu.report_prompts(seconds=0.01)
+    assert len({(row["dtype"], row["rows"]) for row in rows}) == len(rows) == 9
+    assert all(set(row["us"]) == {"dense", "GRINQH"} for row in rows)
 
 
 def test_main_writes_what_it_measured(monkeypatch, tmp_path, capsys):

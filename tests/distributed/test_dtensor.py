@@ -59,7 +59,10 @@ class TwoRanks(DTensorTestBase):
             with torch.no_grad():
                 y = first(replicated)
                 assert y.placements == (Shard(1),)
-                torch.testing.assert_close(y.full_tensor(), expected_up)
+                # Whole weights may be multiplied in float32; cut ones are rounded to dtype first.
+                rounding = 4 * torch.finfo(dtype).eps
+                close = {"rtol": rounding, "atol": rounding * float(expected_up.abs().max())}
+                torch.testing.assert_close(y.full_tensor(), expected_up, **close)
                 tolerance = {"rtol": 2e-2, "atol": 2e-2 * float(expected.abs().max())}
                 torch.testing.assert_close(second(y).full_tensor(), expected, **tolerance)
 
