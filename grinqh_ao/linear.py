@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grinqh_ao import decode_rule, ops
 from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
-from grinqh_ao.ops.products import dense_product, product_dtype
+from grinqh_ao.ops.dense_products import dense_product, product_dtype
 from grinqh_ao.slices import split, unpack_rows
 from grinqh_ao.torchao_tensor import GrinqhTensor
 

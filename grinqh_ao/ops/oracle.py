@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
 from grinqh_ao.grading import grade
-from grinqh_ao.ops.products import dense_product, product_dtype
+from grinqh_ao.ops.dense_products import dense_product, product_dtype
 from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, channels_of, tile_blocks, unpack
 from grinqh_ao.vectors import gains_of, outputs_of, row_scale_of, sensitivity_of, thresholds_of
 

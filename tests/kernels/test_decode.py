@@ -200,11 +200,17 @@ def test_truth_table_of_the_instruction_that_is_not_interpreted():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored_compactly"),
-    [(torch.float32, False), (torch.float16, True), (torch.bfloat16, False)],
+    ("sizes", "dtype", "stored_compactly"),
+    [
+        ((500, 1000), torch.float32, False),
+        ((500, 1000), torch.bfloat16, False),
+        ((230, 250, 256), torch.float32, False),
+        ((230, 250, 256), torch.float16, True),
+        ((40, 64), torch.float16, True),
+        ((40, 64), torch.bfloat16, False),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("sizes", [(500, 1000), (230, 250, 256), (40, 64)])
 def test_several_weights_in_one_launch(sizes, stored_compactly, dtype):
     """Each with its own thresholds and number of outputs; a bias where there is one."""
     x = laplace(1, 60).to(dtype)
@@ -219,8 +225,11 @@ def test_several_weights_in_one_launch(sizes, stored_compactly, dtype):
         assert without.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [40, 300])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [*((40, dtype) for dtype in DTYPES), (300, torch.float32), (300, torch.bfloat16)],
+    ids=str,
+)
 def test_experts(n, dtype):
     """Rows with the experts they are routed to, some of them the same, each with its thresholds."""
     weights = [GrinqhTensor.from_hp(torch.randn(n, 40), 1.5 + i) for i in range(3)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grinqh_ao.ops import oracle
 from grinqh_ao.ops.cpu.build import kernels
-from grinqh_ao.ops.products import dense_product, product_dtype
+from grinqh_ao.ops.dense_products import dense_product, product_dtype
 from grinqh_ao.slices import FIELDS_PER_WORD
 from grinqh_ao.vectors import outputs_of
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grinqh_ao import GrinqhTensor
 from grinqh_ao.experts import ExpertLinears
-from grinqh_ao.ops import oracle, products
+from grinqh_ao.ops import dense_products, oracle
 from grinqh_ao.ops.cpu import dequantize
 from plain import laplace
 
@@ -32,7 +32,7 @@ class Products(TorchDispatchMode):
 @pytest.fixture(params=[False, True], ids=["slow", "fast"])
 def fast(request, monkeypatch):
     for dtype in HALVES:
-        monkeypatch.setitem(products._CPU_MULTIPLIES, dtype, request.param)
+        monkeypatch.setitem(dense_products._CPU_MULTIPLIES, dtype, request.param)
     return request.param
 
 
@@ -91,7 +91,7 @@ def test_experts(fast, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_nothing_is_rounded_twice_where_it_is_slow(monkeypatch, weight, dtype):
     """Weights keep their float32 values: only the result is rounded."""
-    monkeypatch.setitem(products._CPU_MULTIPLIES, dtype, False)
+    monkeypatch.setitem(dense_products._CPU_MULTIPLIES, dtype, False)
     x = laplace(12, 90).to(dtype)
     expected = F.linear(x.float(), weight.dequantize(torch.float32)).to(dtype)
     torch.testing.assert_close(
