@@ -76,6 +76,16 @@ def test_gradients(fast, weight, dtype):
     assert_close_to(dense.sum(0).expand(12, -1), x.grad)
 
 
+def test_gradients_in_compiled_functions(fast, weight):
+    x = laplace(12, 90).bfloat16().requires_grad_()
+    compiled = torch.compile(F.linear, fullgraph=True, backend="aot_eager")
+    for function in (F.linear, compiled):
+        y = function(x, weight)
+        (gradient,) = torch.autograd.grad(y.float().sum(), x)
+        assert y.dtype == gradient.dtype == torch.bfloat16
+        assert_close_to(weight.dequantize(torch.float64).sum(0).expand(12, -1), gradient)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_experts(fast, dtype):
     stack = GrinqhTensor.stack([GrinqhTensor.from_hp(torch.randn(70, 40)) for _ in range(3)])
