@@ -36,6 +36,21 @@ def fast(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not an x86 processor"
+)
+def test_bfloat16_takes_avx512():
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert dense_products._CPU_MULTIPLIES[torch.bfloat16] == fast
+
+
+def test_other_devices_multiply_in_any_dtype(monkeypatch):
+    monkeypatch.setitem(dense_products._CPU_MULTIPLIES, torch.bfloat16, False)
+    x = torch.empty(2, dtype=torch.bfloat16)
+    assert dense_products.product_dtype(x) == torch.float32
+    assert dense_products.product_dtype(x.to("meta")) == torch.bfloat16
+
+
 @pytest.fixture
 def weight():
     return GrinqhTensor.from_hp(torch.randn(300, 90))
