@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each layer")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each layer or prompt")
     parser.add_argument("--rounds", type=int, default=5, help="for each model")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled"])

@@ -101,9 +101,10 @@ def _dense(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None) -> Tens
             weight.levels[-1],
         )
     dtype = product_dtype(x)
-    dense = weight.dequantize(dtype)
     if not wants_grad or torch.compiler.is_compiling():
-        return dense_product(x, dense, bias)
+        # Compilers keep the dense weight for the backward pass: as small as it can be.
+        return dense_product(x, weight.dequantize(x.dtype).to(dtype), bias)
+    dense = weight.dequantize(dtype)
     # A backward pass dequantizes again, so that between the passes there is no dense weight.
     place = dense.data_ptr()
 

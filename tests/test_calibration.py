@@ -250,7 +250,7 @@ def test_generation_and_compilation():
     calibrate(model, batches(), bits=2)
     ids = batches(count=1)[0][:, :20]
     eager = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    model.compile(fullgraph=True, backend="eager")  # test_generation.py has Inductor's
+    model.compile(fullgraph=True, backend="eager")  # what Inductor makes of it: test_generation.py
     found = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert torch.equal(found, eager)
 

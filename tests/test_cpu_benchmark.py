@@ -58,11 +58,12 @@ def test_main_writes_what_it_measured(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(cpu, "int8", fails)
     file = tmp_path / "cpu.json"
-    arguments = ["cpu.py", "--only", "layers", "--threads", "1", "--seconds", "0.01"]
+    arguments = ["cpu.py", "--only", "layers", "prompts", "--threads", "1", "--seconds", "0.01"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--json", str(file)])
     cpu.main()
     report = json.loads(file.read_text())
     (row,) = report["layers"]
+    assert report["prompts"]
     assert "int8 (torchao, compiled)" not in row["us"]
     assert "of 128x64 does not run: not on this processor" in capsys.readouterr().err
     assert "torch" in report["machine"]

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grinqh_ao import GrinqhTensor
@@ -32,20 +34,27 @@ class Products(TorchDispatchMode):
 @pytest.fixture(params=[False, True], ids=["slow", "fast"])
 def fast(request, monkeypatch):
     for dtype in HALVES:
-        monkeypatch.setitem(dense_products._CPU_MULTIPLIES, dtype, request.param)
+        monkeypatch.setitem(dense_products._ONEDNN_MULTIPLIES, dtype, request.param)
     return request.param
 
 
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not an x86 processor"
-)
-def test_bfloat16_takes_avx512():
-    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    assert dense_products._CPU_MULTIPLIES[torch.bfloat16] == fast
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_onednn_is_asked(monkeypatch, name):
+    assert {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    } == dense_products._ONEDNN_MULTIPLIES
+    for answer in (False, True):
+        monkeypatch.setattr(
+            torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda answer=answer: answer
+        )
+        assert dense_products._onednn_multiplies(name) == answer
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not dense_products._onednn_multiplies(name)
 
 
 def test_other_devices_multiply_in_any_dtype(monkeypatch):
-    monkeypatch.setitem(dense_products._CPU_MULTIPLIES, torch.bfloat16, False)
+    monkeypatch.setitem(dense_products._ONEDNN_MULTIPLIES, torch.bfloat16, False)
     x = torch.empty(2, dtype=torch.bfloat16)
     assert dense_products.product_dtype(x) == torch.float32
     assert dense_products.product_dtype(x.to("meta")) == torch.bfloat16
@@ -91,14 +100,31 @@ def test_gradients(fast, weight, dtype):
     assert_close_to(dense.sum(0).expand(12, -1), x.grad)
 
 
-def test_gradients_in_compiled_functions(fast, weight):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_in_compiled_functions(fast, weight, autocast):
+    products = []
+
+    def backend(graph, inputs):
+        def forward(graph, inputs):
+            for node in graph.graph.nodes:
+                if node.target is torch.ops.aten.mm.default:
+                    products.append(node.args[0].meta["val"].dtype)
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=forward)(graph, inputs)
+
     x = laplace(12, 90).bfloat16().requires_grad_()
-    compiled = torch.compile(F.linear, fullgraph=True, backend="aot_eager")
-    for function in (F.linear, compiled):
-        y = function(x, weight)
-        (gradient,) = torch.autograd.grad(y.float().sum(), x)
-        assert y.dtype == gradient.dtype == torch.bfloat16
-        assert_close_to(weight.dequantize(torch.float64).sum(0).expand(12, -1), gradient)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = torch.compile(F.linear, fullgraph=True, backend=backend)(x, weight)
+    (gradient,) = torch.autograd.grad(y.float().sum(), x)
+    expected = [torch.bfloat16 if fast else torch.float32] * 2  # forward and backward
+    if autocast:
+        expected[1] = torch.bfloat16  # AOTAutograd traces the backward pass with it on
+    assert products == expected
+    assert y.dtype == gradient.dtype == torch.bfloat16
+    dense = weight.dequantize(torch.float64)
+    assert_close_to(x.detach().double() @ dense.t(), y.detach())
+    assert_close_to(dense.sum(0).expand(12, -1), gradient)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -116,7 +142,7 @@ def test_experts(fast, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_nothing_is_rounded_twice_where_it_is_slow(monkeypatch, weight, dtype):
     """Weights keep their float32 values: only the result is rounded."""
-    monkeypatch.setitem(dense_products._CPU_MULTIPLIES, dtype, False)
+    monkeypatch.setitem(dense_products._ONEDNN_MULTIPLIES, dtype, False)
     x = laplace(12, 90).to(dtype)
     expected = F.linear(x.float(), weight.dequantize(torch.float32)).to(dtype)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Products with dense weights, in the dtype that the device multiplies fast."""
+"""Products with dense weights, in a dtype that the device multiplies fast."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Where a processor has no instructions for them, PyTorch multiplies them one number at a time.
-_CPU_MULTIPLIES = {
-    torch.bfloat16: torch.backends.mkldnn.is_available()
-    and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    torch.float16: torch.backends.mkldnn.is_available()
-    and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+
+def _onednn_multiplies(name: str) -> bool:
+    """Whether oneDNN has a product of this dtype for this processor; what PyTorch falls back to
+    takes many times as long."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    says = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return says is None or says()
+
+
+# bfloat16 takes AVX-512, float16 takes more than that.
+_ONEDNN_MULTIPLIES = {
+    torch.bfloat16: _onednn_multiplies("bf16"),
+    torch.float16: _onednn_multiplies("fp16"),
 }
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which to multiply ``x`` with a dense weight: its own, or float32 on a CPU that
     is slow at that."""
-    slow = x.device.type == "cpu" and not _CPU_MULTIPLIES.get(x.dtype, True)
+    slow = x.device.type == "cpu" and not _ONEDNN_MULTIPLIES.get(x.dtype, True)
     return torch.float32 if slow else x.dtype
 
 
