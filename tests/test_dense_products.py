@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import quantize_
 
-from grinqh_ao import GrinqhTensor
+from grinqh_ao import GrinqhConfig, GrinqhTensor
 from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.ops import dense_products, oracle
 from grinqh_ao.ops.cpu import dequantize
@@ -101,7 +103,9 @@ def test_gradients(fast, weight, dtype):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients_in_compiled_functions(fast, weight, autocast):
+def test_gradients_of_a_compiled_model(fast, autocast):
+    model = nn.Sequential(nn.Linear(90, 300, bias=False)).requires_grad_(False)
+    quantize_(model, GrinqhConfig(bits=3))
     products = []
 
     def backend(graph, inputs):
@@ -115,14 +119,14 @@ def test_gradients_in_compiled_functions(fast, weight, autocast):
 
     x = laplace(12, 90).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = torch.compile(F.linear, fullgraph=True, backend=backend)(x, weight)
+        y = torch.compile(model, fullgraph=True, backend=backend)(x)
     (gradient,) = torch.autograd.grad(y.float().sum(), x)
     expected = [torch.bfloat16 if fast else torch.float32] * 2  # forward and backward
     if autocast:
         expected[1] = torch.bfloat16  # AOTAutograd traces the backward pass with it on
     assert products == expected
     assert y.dtype == gradient.dtype == torch.bfloat16
-    dense = weight.dequantize(torch.float64)
+    dense = model[0].weight.dequantize(torch.float64)
     assert_close_to(x.detach().double() @ dense.t(), y.detach())
     assert_close_to(dense.sum(0).expand(12, -1), gradient)
 
