@@ -46,12 +46,6 @@ def test_layers_and_their_picture(monkeypatch, tmp_path):
     assert (tmp_path / "cpu.svg").stat().st_size > 10_000
 
 
-def test_prompts():
-    rows = cpu.report_prompts(seconds=0.01)
-    assert len({(row["dtype"], row["rows"]) for row in rows}) == len(rows) == 9
-    assert all(set(row["us"]) == {"dense", "GRINQH"} for row in rows)
-
-
 def test_main_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     def fails(n, k, x):
         raise RuntimeError("not on this processor")
@@ -63,7 +57,9 @@ def test_main_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     cpu.main()
     report = json.loads(file.read_text())
     (row,) = report["layers"]
-    assert report["prompts"]
+    prompts = report["prompts"]
+    assert len({(row["dtype"], row["rows"]) for row in prompts}) == len(prompts) == 9
+    assert all(set(row["us"]) == {"dense", "GRINQH"} for row in prompts)
     assert "int8 (torchao, compiled)" not in row["us"]
     assert "of 128x64 does not run: not on this processor" in capsys.readouterr().err
     assert "torch" in report["machine"]

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import quantize_
 
 from grinqh_ao import GrinqhConfig, GrinqhTensor
-from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.ops import dense_products, oracle
 from grinqh_ao.ops.cpu import dequantize
 from plain import laplace
@@ -134,12 +133,11 @@ def test_gradients_of_a_compiled_model(fast, autocast):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_experts(fast, dtype):
     stack = GrinqhTensor.stack([GrinqhTensor.from_hp(torch.randn(70, 40)) for _ in range(3)])
-    layer = ExpertLinears(stack)
     x, experts = laplace(9, 40).to(dtype), torch.arange(9) % 3
     with Products() as seen:
         found = oracle.dense_experts(x, experts, stack.slices, stack.scales, stack.vectors, 8)
     assert seen.dtypes == {dtype if fast else torch.float32}
-    dense = layer.weight.dequantize(torch.float64)
+    dense = stack.dequantize(torch.float64)
     assert_close_to(torch.einsum("snk,sk->sn", dense[experts], x.double()), found)
 
 

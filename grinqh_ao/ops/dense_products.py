@@ -9,7 +9,7 @@ from torch import Tensor
 
 def _onednn_multiplies(name: str) -> bool:
     """Whether oneDNN has a product of this dtype for this processor; what PyTorch falls back to
-    takes many times as long."""
+    is slower than float32 (docs/cpu.md, "Without AVX-512")."""
     if not torch.backends.mkldnn.is_available():
         return False
     says = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
