@@ -18,12 +18,18 @@ from plain import absolute, laplace
 LEVEL_SETS = [(0, 2, 4, 6, 8), (0, 2, 4, 8), (2, 4, 8), (0, 2), (4,), (0, 6)]
 # Of the largest output.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-# Instructions that this processor may not be asked for otherwise; -Og compiles faster.
-OTHER_MACHINES = {"avx2": ("-mavx2", "-mfma", "-Og"), "portable": ("-Og",)}
+# Instructions that this processor may not be asked for otherwise, as torch.cpu names them.
+OTHER_MACHINES = {
+    "avx512": ("avx512_bw", "avx512_dq"),
+    "avx_vnni": ("avx2", "fma3", "avx_vnni"),
+    "avx2": ("avx2", "fma3"),
+    "portable": (),
+}
 
 
-def can_run(machine: str) -> bool:
-    return machine == "portable" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+def options(machine: str) -> list[str]:
+    names = [name.replace("_", "").replace("fma3", "fma") for name in OTHER_MACHINES[machine]]
+    return ["-Og", *(f"-m{name}" for name in names)]  # -Og compiles faster than -O3
 
 
 @pytest.fixture(scope="module", params=["native", *OTHER_MACHINES])
@@ -33,10 +39,11 @@ def machine(request, tmp_path_factory):
     if request.param == "native":
         yield request.param
         return
-    if not can_run(request.param):
+    has = torch.cpu.get_capabilities()
+    if not all(has.get(name) for name in OTHER_MACHINES[request.param]):
         pytest.skip("this processor has no such instructions")
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    build.compile_library(library, OTHER_MACHINES[request.param])
+    build.compile_library(library, options(request.param))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one kernel takes another's place
         kernels = build.Kernels(library)

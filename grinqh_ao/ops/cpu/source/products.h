@@ -136,7 +136,7 @@ class Block {
   void add_fields(typename S::Sums* sums) const {
     constexpr int PER_BYTE = FIELDS / 2;
     constexpr Words MASK = Words{} + ((0x10001u << BITS) - 0x10001u);
-    Ints sum[ROWS][PARTS][AT_ONCE] = {};
+    DotSums sum[ROWS][PARTS][AT_ONCE] = {};
     int step = 0;
     for (; step * S::STEP < size; ++step) {
       if constexpr (PASS >= 0)
@@ -149,8 +149,8 @@ class Block {
         const Words code = byte & MASK << BITS * (place % PER_BYTE);
 #pragma GCC unroll 8
         for (int rp = 0; rp < ROWS * PARTS; ++rp) {
-          auto& into = sum[rp / PARTS][rp % PARTS][i];
-          into = dot(into, code, multipliers.at(rp / PARTS, rp % PARTS, step, g));
+          const int r = rp / PARTS, part = rp % PARTS;
+          sum[r][part][i].add(code, multipliers.at(r, part, step, g));
         }
       }
     }
@@ -161,8 +161,8 @@ class Block {
       const float place = 1 / (float)(1 << (BITS * ((FIRST + i) % PER_BYTE)));
       constexpr float MIDDLE = 0.5f * ((1 << BITS) - 1);
       for (int r = 0; r < ROWS; ++r) {
-        Floats total = to_floats(sum[r][0][i]);
-        if constexpr (PARTS == 2) total += to_floats(sum[r][1][i]) * (1.0f / (1 << PART_BITS));
+        Floats total = to_floats(sum[r][0][i].total());
+        if constexpr (PARTS == 2) total += to_floats(sum[r][1][i].total()) * (1.0f / (1 << PART_BITS));
         const float offset = MIDDLE / S::CHANNELS * multipliers.total[r][g];
         float* into = sums[r][at] + COLUMN * LANES;
         store(into, load<Floats>(into) + (total * place - offset) * multipliers.unit[r][g]);

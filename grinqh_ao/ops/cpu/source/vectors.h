@@ -6,6 +6,8 @@
 
 #if defined(__AVX512BW__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace grinqh {
@@ -18,8 +20,8 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
-// Sums that fit into registers beside masks and operands.
-#if defined(__AVX512BW__) || defined(__aarch64__)
+// DotSums that fit into registers beside masks and operands.
+#if defined(__AVX512BW__)
 constexpr int SUMS_IN_REGISTERS = 16;
 #else
 constexpr int SUMS_IN_REGISTERS = 8;
@@ -126,19 +128,37 @@ struct Chosen {
 #endif
 };
 
-// Adds to each sum the products of both 16-bit halves. Those of codes are not negative.
-inline Ints dot(Ints sum, Words codes, Ints multipliers) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)codes, (__m512i)multipliers);
-#elif defined(__AVX512BW__)
-  return sum + (Ints)_mm512_madd_epi16((__m512i)codes, (__m512i)multipliers);
-#elif defined(__AVX2__)
-  return sum + (Ints)_mm256_madd_epi16((__m256i)codes, (__m256i)multipliers);
+// A lane's sum of products of codes and multipliers, two to a lane: of both 16-bit halves. Codes are
+// not negative.
+struct DotSums {
+#if defined(__aarch64__)
+  // Of lanes 0 and 1, and 2 and 3, with each half's products in a place of their own.
+  int32x4_t lower, upper;
+  void add(Words codes, Ints multipliers) {
+    const auto a = (int16x8_t)codes, b = (int16x8_t)multipliers;
+    lower = vmlal_s16(lower, vget_low_s16(a), vget_low_s16(b));
+    upper = vmlal_high_s16(upper, a, b);
+  }
+  Ints total() const { return (Ints)vpaddq_s32(lower, upper); }
 #else
-  return sum + (Ints)(codes & 0xFFFFu) * ((multipliers << 16) >> 16) +
-         (Ints)(codes >> 16) * (multipliers >> 16);
+  Ints sum;
+  void add(Words codes, Ints multipliers) {
+#if defined(__AVX512VNNI__)
+    sum = (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)codes, (__m512i)multipliers);
+#elif defined(__AVX512BW__)
+    sum += (Ints)_mm512_madd_epi16((__m512i)codes, (__m512i)multipliers);
+#elif defined(__AVXVNNI__)
+    sum = (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)multipliers);
+#elif defined(__AVX2__)
+    sum += (Ints)_mm256_madd_epi16((__m256i)codes, (__m256i)multipliers);
+#else
+    sum += (Ints)(codes & 0xFFFFu) * ((multipliers << 16) >> 16) +
+           (Ints)(codes >> 16) * (multipliers >> 16);
 #endif
-}
+  }
+  Ints total() const { return sum; }
+#endif
+};
 
 // A vector of one line's words, or where lines are shorter of several channels' side by side.
 template <int WORDS>
