@@ -130,13 +130,12 @@ def test_gradients_of_a_compiled_model(fast, autocast):
     assert_close_to(dense.sum(0).expand(12, -1), gradient)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
 def test_experts(fast, dtype):
     stack = GrinqhTensor.stack([GrinqhTensor.from_hp(torch.randn(70, 40)) for _ in range(3)])
     x, experts = laplace(9, 40).to(dtype), torch.arange(9) % 3
-    with Products() as seen:
-        found = oracle.dense_experts(x, experts, stack.slices, stack.scales, stack.vectors, 8)
-    assert seen.dtypes == {dtype if fast else torch.float32}
+    found = oracle.dense_experts(x, experts, stack.slices, stack.scales, stack.vectors, 8)
+    assert found.dtype == dtype
     dense = stack.dequantize(torch.float64)
     assert_close_to(torch.einsum("snk,sk->sn", dense[experts], x.double()), found)
 

@@ -42,9 +42,9 @@ _library.define(
     "dequantize(Tensor slices, Tensor scales, Tensor vectors, Tensor? low, int level, "
     "ScalarType dtype) -> Tensor"
 )
-_library.define(  # for CPUs only, some tiles into a buffer
-    "dequantize_transposed(Tensor slices, Tensor scales, Tensor vectors, Tensor? low, int level, "
-    "int stored, int first, Tensor(a!) out) -> ()"
+_library.define(  # for CPUs only, some tiles or all
+    "dequantize_into(Tensor slices, Tensor scales, Tensor vectors, Tensor? low, int level, "
+    "int stored, int first, bool transposed, Tensor(a!) out) -> ()"
 )
 
 

@@ -129,14 +129,12 @@ def dense_experts(
     Beside the result, it takes memory for one expert's dense weight.
     """
     y = x.new_empty(len(x), outputs_of(vectors, x.shape[1]))
-    dtype = product_dtype(x)
     order = experts.argsort(stable=True)
     counts = experts.bincount(minlength=len(slices)).tolist()
     for expert, rows in enumerate(order.split(counts)):
         if len(rows):
             weight = slices[expert], scales[expert], vectors[expert]
-            dense = torch.ops.grinqh.dequantize(*weight, None, level, dtype)
-            y[rows] = dense_product(x[rows], dense)
+            y[rows] = torch.ops.grinqh.dense_linear(x[rows], *weight, None, None, level)
     return y
 
 

@@ -218,6 +218,31 @@ def test_what_does_not_fit_is_refused(machine):
         ExpertLinears(stack)(torch.randn(1, 1, 40), torch.tensor([[2]]))
 
 
+@pytest.mark.parametrize(
+    ("shape", "first", "transposed"),
+    [
+        ((140, 40), 0, True),  # not whole tiles
+        ((40, 256), 0, True),  # more than there are
+        ((40, 64), 3, True),
+        ((40, 64), -1, True),
+        ((41, 64), 0, True),
+        ((140, 41), 0, False),
+        ((192, 40), 0, False),  # outputs that do not exist
+        ((13, 40), 1, False),
+        ((128,), 0, True),
+    ],
+)
+def test_a_place_that_does_not_fit_is_refused(machine, shape, first, transposed):
+    weight = GrinqhTensor.from_hp(torch.randn(140, 40))
+    assert weight.tile == 64
+    out = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=r"out does not fit the weight|Dimension out of range"):
+        torch.ops.grinqh.dequantize_into(
+            weight.slices, weight.scales, weight.vectors, None, 8, 8, first, transposed, out
+        )
+    assert not out.any()
+
+
 def test_strided_data(machine):
     """What a user sliced out of something larger."""
     weight = GrinqhTensor.from_hp(torch.randn(70, 40))
@@ -241,6 +266,14 @@ def test_dequantize(machine, dtype, shape, monkeypatch):
             assert found.dtype == dtype
             rtol = max(5e-7, torch.finfo(dtype).eps)
             torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-7)
+            if level:
+                stored = weight.slices, weight.scales, weight.vectors, weight.low
+                blocks = [
+                    transposed.t().clone()
+                    for _, transposed in dequantize._blocks(*stored, level, dtype)
+                ]
+                assert len(blocks) > 1 or weight.slices.shape[0] == 1
+                assert torch.equal(torch.cat(blocks), found)
         x, bias = laplace(12, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
         dense = F.linear(x.double(), weight.dequantize(torch.float64), bias.double())
         found = F.linear(x, weight, bias)

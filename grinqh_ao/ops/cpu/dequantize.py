@@ -1,4 +1,4 @@
-"""``grinqh::dequantize`` and ``dense_linear`` on CPUs, a block of outputs at a time.
+"""``grinqh::dequantize`` on CPUs, and ``dense_linear``, a block of outputs at a time.
 
 Arguments as in :mod:`grinqh_ao.ops.oracle`, which takes what the kernel does not.
 """
@@ -32,8 +32,7 @@ def dequantize(
         return oracle.dequantize(*weight, level, dtype)
     k = scales.shape[1]
     dense = torch.empty(outputs_of(vectors, k), k, dtype=dtype)
-    for rows, transposed in _blocks(*weight, level, dtype):
-        dense[rows] = transposed.t()
+    torch.ops.grinqh.dequantize_into(*weight, level, _stored(slices, k, low), 0, False, dense)
     return dense
 
 
@@ -73,16 +72,20 @@ def _blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Runs of outputs, and their weights [K, outputs]; the next run overwrites them."""
     tiles, k = scales.shape[:2]
-    lines, words = slices.shape[1:]
-    tile, n = words * FIELDS_PER_WORD, outputs_of(vectors, k)
-    stored = 2 * lines // k if low is None else 8  # bits
+    tile, n = slices.shape[2] * FIELDS_PER_WORD, outputs_of(vectors, k)
+    stored = _stored(slices, k, low)
     run = max(1, BLOCK_WEIGHTS // (k * tile))
     buffer = torch.empty(k * min(run, tiles) * tile, dtype=dtype)
     for first in range(0, tiles, run):
         stop = min(first + run, tiles)
         rows = slice(first * tile, min(stop * tile, n))
         dense = buffer[: k * (stop - first) * tile].view(k, -1)
-        torch.ops.grinqh.dequantize_transposed(
-            slices, scales, vectors, low, level, stored, first, dense
+        torch.ops.grinqh.dequantize_into(
+            slices, scales, vectors, low, level, stored, first, True, dense
         )
         yield rows, dense[:, : rows.stop - rows.start]
+
+
+def _stored(slices: Tensor, k: int, low: Tensor | None) -> int:
+    """Bits of a code."""
+    return 2 * slices.shape[1] // k if low is None else 8

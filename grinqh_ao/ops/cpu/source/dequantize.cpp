@@ -1,38 +1,37 @@
-// grinqh::dequantize on CPUs, transposed: what it means is written down in ops/oracle.py.
+// grinqh::dequantize on CPUs, in either order; what it means is written down in ops/oracle.py.
 #include <cmath>
+#include <vector>
 
 #include "kernels.h"
+#include "vectors.h"
 
 namespace grinqh {
 namespace {
 
 constexpr int64_t CHANNELS_AT_ONCE = 64;
 
-template <class Out>
-Out rounded(float value) {
-  return value;
-}
-
-template <>
-Half rounded(float value) {  // rounding up must not turn its largest into infinity
-  constexpr float LARGEST = 65504;
-  return std::min(std::max(value, -LARGEST), LARGEST);
-}
-
-// One channel of one tile. row_scale: [tile]; lines: of its slices.
+// One channel of one tile. lines: of its slices; row_scale and out: [tile].
 template <int WORDS, int SLICES, class Out>
 void write_line(const uint32_t* const* lines, const uint8_t* scale_codes, const float* scale_of,
                 const float* gains, const float* row_scale, Out* out) {
+  // Outputs at a time: a line's words, repeated where lines are shorter than vectors.
+  constexpr int CHUNK = std::max(WORDS, 16), FIELDS = CHUNK / WORDS, TILE = WORDS * FIELDS_PER_WORD;
   constexpr int CODES = 1 << (2 * SLICES);
   const float gain = gains[SLICES - 1];
-  for (int field = 0; field < FIELDS_PER_WORD; ++field) {
-    const float scale = scale_of[scale_codes[field * WORDS / SCALE_GROUP]];
-    for (int w = 0; w < WORDS; ++w) {
+  uint32_t words[SLICES][CHUNK];
+  for (int s = 0; s < SLICES; ++s)
+    for (int i = 0; i < CHUNK; ++i) words[s][i] = lines[s][i % WORDS];
+  for (int first = 0; first < TILE; first += CHUNK) {
+    const float scale = scale_of[scale_codes[first / SCALE_GROUP]];
+    float values[CHUNK];
+    for (int i = 0; i < CHUNK; ++i) {
+      const int place = 2 * (first / CHUNK * FIELDS + i / WORDS);
       uint32_t code = 0;
-      for (int s = 0; s < SLICES; ++s) code = code << 2 | (lines[s][w] >> (2 * field) & 3);
+      for (int s = 0; s < SLICES; ++s) code = code << 2 | (words[s][i] >> place & 3);
       const float middle = (float)(int32_t)(2 * code + 1 - CODES) * (1.0f / CODES);
-      out[field * WORDS + w] = rounded<Out>(gain * middle * scale * row_scale[field * WORDS + w]);
+      values[i] = gain * middle * scale * row_scale[first + i];
     }
+    for (int i = 0; i < CHUNK; i += LANES) store_rounded(out + first + i, load<Floats>(values + i));
   }
 }
 
@@ -46,9 +45,26 @@ void write_lines(int slices, const uint32_t* const* lines, const uint8_t* scale_
   write(lines, scale_codes, scale_of, gains, row_scale, out);
 }
 
+// Channels of one tile [CHANNELS_AT_ONCE, outputs], `stride` apart -> out [outputs, channels], k
+// apart.
+template <class Out>
+void write_transposed(const float* from, int64_t stride, int64_t channels, int64_t outputs,
+                      int64_t k, Out* out) {
+  for (int64_t n = 0; n < outputs; ++n) {
+    float row[CHANNELS_AT_ONCE];
+    Out rounded[CHANNELS_AT_ONCE];
+    for (int i = 0; i < CHANNELS_AT_ONCE; ++i) row[i] = from[i * stride + n];
+    for (int i = 0; i < CHANNELS_AT_ONCE; i += LANES)
+      store_rounded(rounded + i, load<Floats>(row + i));
+    std::copy_n(rounded, channels, out + n * k);
+  }
+}
+
 template <int WORDS, class Out>
-void write_tiles(const Call& call, const Weight& weight, int64_t level, Out* out) {
+void write_tiles(const Call& call, const Weight& weight, int64_t level, bool transposed,
+                 Out* out) {
   constexpr int TILE = WORDS * FIELDS_PER_WORD, GROUPS = TILE / SCALE_GROUP;
+  constexpr int STRIDE = TILE + 16;  // a power of two would have all channels in the same cache sets
   const int64_t k = call.k, tiles = weight.tiles();
   const int64_t blocks = (k + CHANNELS_AT_ONCE - 1) / CHANNELS_AT_ONCE;
   const int high = call.high_lines(), low = call.low_lines();
@@ -57,32 +73,42 @@ void write_tiles(const Call& call, const Weight& weight, int64_t level, Out* out
 #pragma omp parallel for num_threads((int)call.threads) schedule(dynamic, 4)
   for (int64_t unit = 0; unit < tiles * blocks; ++unit) {
     const int64_t t = unit / blocks, first = unit % blocks * CHANNELS_AT_ONCE;
+    const int64_t outputs = std::min<int64_t>(TILE, weight.n - t * TILE);
+    const int64_t channels = std::min(CHANNELS_AT_ONCE, k - first);
     float row_scale[TILE] = {};
-    for (int64_t i = 0; i < std::min<int64_t>(TILE, weight.n - t * TILE); ++i)
-      row_scale[i] = weight.row_scale[t * TILE + i];
+    std::copy_n(weight.row_scale + t * TILE, outputs, row_scale);
     const uint32_t* tile = weight.slices + t * weight.lines * WORDS;
-    for (int64_t i = first; i < std::min(first + CHANNELS_AT_ONCE, k); ++i) {
+    thread_local std::vector<float> kept(CHANNELS_AT_ONCE * STRIDE);
+    for (int64_t i = first; i < first + channels; ++i) {
       const int64_t place = weight.low ? weight.low[i] : i;
       const int slices = place < 0 ? std::min<int>(level / 2, high) : level / 2;
       const uint32_t* lines[4];
       for (int s = 0; s < slices; ++s)
         lines[s] = tile + (s < high ? i * high + s : k * high + place * low + s - high) * WORDS;
-      write_lines<WORDS>(slices, lines, weight.scales + (t * k + i) * GROUPS, scale_of,
-                         weight.gains, row_scale, out + (i * tiles + t) * TILE);
+      const auto write = [&](auto* to) {
+        write_lines<WORDS>(slices, lines, weight.scales + (t * k + i) * GROUPS, scale_of,
+                           weight.gains, row_scale, to);
+      };
+      if (transposed)
+        write(out + (i * tiles + t) * TILE);
+      else
+        write(kept.data() + (i - first) * STRIDE);
     }
+    if (!transposed)
+      write_transposed(kept.data(), STRIDE, channels, outputs, k, out + t * TILE * k + first);
   }
 }
 
 }  // namespace
 
-void dequantize(const Call& call, const Weight& weight, int64_t level) {
+void dequantize(const Call& call, const Weight& weight, int64_t level, bool transposed) {
   with_type(call.dtype, [&](auto zero) {
     auto* out = (decltype(zero)*)weight.out;
     switch (weight.words) {
-      case 4: return write_tiles<4>(call, weight, level, out);
-      case 8: return write_tiles<8>(call, weight, level, out);
-      case 16: return write_tiles<16>(call, weight, level, out);
-      default: return write_tiles<32>(call, weight, level, out);
+      case 4: return write_tiles<4>(call, weight, level, transposed, out);
+      case 8: return write_tiles<8>(call, weight, level, transposed, out);
+      case 16: return write_tiles<16>(call, weight, level, transposed, out);
+      default: return write_tiles<32>(call, weight, level, transposed, out);
     }
   });
 }

@@ -76,7 +76,7 @@ struct Weight {
 // Returns false and writes nothing if activations are not finite: integers cannot express them.
 bool decode(const Call& call, const Weight* weights, int64_t count);
 
-// Writes the weight at `level`, transposed, to weight.out [k, tiles * tile].
-void dequantize(const Call& call, const Weight& weight, int64_t level);
+// Writes the weight at `level` to weight.out [n, k], or transposed to [k, tiles * tile].
+void dequantize(const Call& call, const Weight& weight, int64_t level, bool transposed);
 
 }  // namespace grinqh

@@ -210,18 +210,21 @@ Tensor decode_experts(const Tensor& given, const Tensor& experts, const Tensor& 
   return out;
 }
 
-// Tiles from `first` on at `level`, transposed, as many as out [K, tiles * tile] has room for.
-void dequantize_transposed(const Tensor& slices, const Tensor& scales, const Tensor& vectors,
-                           const Maybe& low, int64_t level, int64_t stored, int64_t first,
-                           Tensor& out) {
+// The weight at `level`, from tile `first` on: to out [outputs, K], or transposed to [K, whole
+// tiles], as much as that has room for.
+void dequantize_into(const Tensor& slices, const Tensor& scales, const Tensor& vectors,
+                     const Maybe& low, int64_t level, int64_t stored, int64_t first,
+                     bool transposed, Tensor& out) {
   const auto dtype = dtype_of(out);
   Stored weight{slices, scales, vectors, {}, low};
   const int64_t k = weight.k(), tile = slices.size(2) * FIELDS_PER_WORD;
-  const int64_t tiles = out.size(1) / tile;
   check_shapes(weight, k, {stored});
+  const int64_t outputs = out.size(transposed ? 1 : 0), tiles = (outputs + tile - 1) / tile;
+  const int64_t expected =
+      transposed ? tiles * tile : std::min(tiles * tile, weight.n() - first * tile);
   STD_TORCH_CHECK(dtype && out.is_contiguous() && 0 < level && level <= stored && 0 <= first &&
-                      first + tiles <= slices.size(0) && out.size(0) == k &&
-                      out.size(1) == tiles * tile,
+                      first + tiles <= slices.size(0) && out.dim() == 2 &&
+                      out.size(transposed ? 0 : 1) == k && outputs == expected,
                   "out does not fit the weight");
   weight.make_contiguous(out.scalar_type());
   Weight some = weight.at(0, nullptr, out.mutable_data_ptr());
@@ -229,7 +232,7 @@ void dequantize_transposed(const Tensor& slices, const Tensor& scales, const Ten
   some.scales += first * k * (tile / SCALE_GROUP);
   some.row_scale += first * tile;
   some.n = std::min(tiles * tile, some.n - first * tile);
-  dequantize(call_of(*dtype, 0, k, {stored}), some, level);
+  dequantize(call_of(*dtype, 0, k, {stored}), some, level, transposed);
 }
 
 }  // namespace
@@ -246,7 +249,7 @@ extern "C" __attribute__((visibility("default"))) void* grinqh_register() {
   const bool failed = add("decode_linear", TORCH_BOX(&decode_linear)) ||
                       add("decode_linears", TORCH_BOX(&decode_linears)) ||
                       add("decode_experts", TORCH_BOX(&decode_experts)) ||
-                      add("dequantize_transposed", TORCH_BOX(&dequantize_transposed));
+                      add("dequantize_into", TORCH_BOX(&dequantize_into));
   if (!failed) return library;
   aoti_torch_delete_library_object(library);
   return nullptr;

@@ -1,6 +1,9 @@
 // Vectors of the machine's width, in GCC's and Clang's portable notation.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -57,6 +60,39 @@ inline Ints from_bytes(const uint8_t* bytes) {
   return integers;
 #endif
 }
+
+// Rounded to the nearest, ties to even.
+inline void store_rounded(c10::BFloat16* to, Floats from) {
+  const Words bits = (Words)from, rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+#if defined(__AVX512BW__)
+  store(to, _mm512_cvtepi32_epi16((__m512i)rounded));
+#elif defined(__AVX2__)
+  const auto packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
+  store(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
+#elif defined(__aarch64__)
+  store(to, vmovn_u32((uint32x4_t)rounded));
+#else
+  for (int lane = 0; lane < LANES; ++lane) to[lane].x = (uint16_t)rounded[lane];
+#endif
+}
+
+// The same; the largest are not rounded to infinity.
+inline void store_rounded(c10::Half* to, Floats from) {
+  constexpr float LARGEST = 65504;
+  from = from > LARGEST ? Floats{} + LARGEST : from;
+  from = from < -LARGEST ? Floats{} - LARGEST : from;
+#if defined(__AVX512BW__)
+  store(to, _mm512_cvtps_ph((__m512)from, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+  store(to, _mm256_cvtps_ph((__m256)from, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  store(to, vcvt_f16_f32((float32x4_t)from));
+#else
+  for (int lane = 0; lane < LANES; ++lane) to[lane] = from[lane];
+#endif
+}
+
+inline void store_rounded(float* to, Floats from) { store(to, from); }
 
 inline Ints larger(Ints a, Ints b) { return b > a ? b : a; }
 inline Floats magnitude(Floats a) { return (Floats)((Words)a & 0x7FFFFFFFu); }
