@@ -132,7 +132,7 @@ class _Counter:
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class Measurement:
     """What was read while :func:`measure` was active. ``print`` it for a table of layers."""
 
@@ -169,6 +169,11 @@ class Measurement:
                 + (why if wanted else "no quantized layer saw a single row")
             )
         return total
+
+    def __repr__(self) -> str:
+        decoded = self._sum(list(self._counters))
+        bits = f", bits={decoded.bits:.2f}" if decoded else ""
+        return f"{type(self).__name__}(layers={len(self.layers)}{bits})"
 
     def _sum(self, names: list[str]) -> Reading | None:
         layers = self.layers

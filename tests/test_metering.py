@@ -149,6 +149,13 @@ def test_prints_a_table(model):
     assert [line.split()[0] for line in lines[1:]] == ["0", "2", "total"]
 
 
+def test_is_short_where_it_is_part_of_something(model):
+    with measure(model) as measured:
+        assert repr(measured) == "Measurement(layers=0)"
+        model(torch.randn(1, 40))
+    assert repr(measured) == f"Measurement(layers=2, bits={measured.total.bits:.2f})"
+
+
 def test_needs_something_quantized():
     with pytest.raises(ValueError, match="no layer is quantized"), measure(nn.Linear(4, 4)):
         pass
