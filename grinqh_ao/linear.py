@@ -82,9 +82,10 @@ def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.new_zeros(*x.shape[:-1], weight.shape[0], dtype=dtype)
     stored = weight.slices, weight.scales, weight.vectors, None, weight.low
-    for level in weight.levels:
-        if level:
-            y += ops.dense_linear(torch.where(bits == level, x, 0).to(dtype), *stored, level)
+    with torch.autocast(x.device.type, enabled=False):
+        for level in weight.levels:
+            if level:
+                y += ops.dense_linear(torch.where(bits == level, x, 0).to(dtype), *stored, level)
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 

@@ -66,6 +66,19 @@ def test_by_itself_and_together():
     assert (together - alone).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_activations_and_results_only(dtype):
+    """Not the product of each level."""
+    weight = GrinqhTensor.from_hp(torch.randn(96, 40))
+    x = torch.distributions.Laplace(0.0, 1.0).sample((12, 40))
+    with decode_every_row():
+        expected = F.linear(x.to(dtype), weight)
+        with torch.autocast("cpu", dtype):
+            found = F.linear(x, weight)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
 def test_is_off_again_afterwards_and_in_other_threads():
     weight = GrinqhTensor.from_hp(torch.randn(96, 40))
     x = torch.randn(9, 40)

@@ -126,7 +126,7 @@ def dense_experts(
 ) -> Tensor:
     """What :func:`decode_experts` computes if all is read at one level; arguments as above.
 
-    Beside the result, it takes memory for one expert's dense weight.
+    Beside the result, it takes memory for one expert's dense weight at most.
     """
     y = x.new_empty(len(x), outputs_of(vectors, x.shape[1]))
     order = experts.argsort(stable=True)

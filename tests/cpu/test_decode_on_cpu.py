@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 OTHER_MACHINES = {
     "avx512": ("avx512_bw", "avx512_dq"),
     "avx_vnni": ("avx2", "fma3", "avx_vnni"),
-    "avx2": ("avx2", "fma3"),
+    "avx2": ("avx2", "fma3", "f16c"),
     "portable": (),
 }
 
@@ -253,7 +253,7 @@ def test_strided_data(machine):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(70, 33), (600, 90), (250, 64), (128, 20)])
+@pytest.mark.parametrize("shape", [(60, 33), (600, 90), (250, 64), (1000, 20)])
 def test_dequantize(machine, dtype, shape, monkeypatch):
     monkeypatch.setattr(dequantize, "BLOCK_WEIGHTS", 1 << 14)  # in several blocks
     for compact in (False, True):
@@ -266,6 +266,7 @@ def test_dequantize(machine, dtype, shape, monkeypatch):
             assert found.dtype == dtype
             rtol = max(5e-7, torch.finfo(dtype).eps)
             torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-7)
+            assert torch.equal(found, weight.dequantize(torch.float32, level).to(dtype))
             if level:
                 stored = weight.slices, weight.scales, weight.vectors, weight.low
                 blocks = [
@@ -279,6 +280,25 @@ def test_dequantize(machine, dtype, shape, monkeypatch):
         found = F.linear(x, weight, bias)
         size = float(dense.abs().max())
         assert float((found.double() - dense).abs().max()) <= 2 * TOLERANCE[dtype] * size
+
+
+def test_the_largest_values_stay_finite(machine):
+    """Rounding up must not turn float16's largest into infinity."""
+    weight = GrinqhTensor.from_hp(torch.full((70, 9), 65504.0) * torch.tensor([-1.0, 1, 1] * 3))
+    dense = weight.dequantize(torch.float32)
+    assert float(dense.abs().max()) > 65504
+    assert torch.equal(weight.dequantize(torch.float16), dense.clamp(-65504, 65504).half())
+
+
+def test_some_tiles(machine):
+    weight = GrinqhTensor.from_hp(torch.randn(300, 70))
+    stored = weight.slices, weight.scales, weight.vectors, None
+    whole = weight.dequantize()
+    for first in range(weight.slices.shape[0]):
+        from_there = whole[first * weight.tile :]
+        out = torch.empty_like(from_there)
+        torch.ops.grinqh.dequantize_into(*stored, 8, 8, first, False, out)
+        assert torch.equal(out, from_there)
 
 
 def test_a_prompt_takes_memory_for_a_block_only(machine, monkeypatch):

@@ -1,6 +1,5 @@
 // grinqh::dequantize on CPUs, in either order; what it means is written down in ops/oracle.py.
 #include <cmath>
-#include <vector>
 
 #include "kernels.h"
 #include "vectors.h"
@@ -31,7 +30,8 @@ void write_line(const uint32_t* const* lines, const uint8_t* scale_codes, const 
       const float middle = (float)(int32_t)(2 * code + 1 - CODES) * (1.0f / CODES);
       values[i] = gain * middle * scale * row_scale[first + i];
     }
-    for (int i = 0; i < CHUNK; i += LANES) store_rounded(out + first + i, load<Floats>(values + i));
+    for (int i = 0; i < CHUNK; i += LANES)
+      store_rounded(out + first + i, load<Floats>(values + i));
   }
 }
 
@@ -64,7 +64,7 @@ template <int WORDS, class Out>
 void write_tiles(const Call& call, const Weight& weight, int64_t level, bool transposed,
                  Out* out) {
   constexpr int TILE = WORDS * FIELDS_PER_WORD, GROUPS = TILE / SCALE_GROUP;
-  constexpr int STRIDE = TILE + 16;  // a power of two would have all channels in the same cache sets
+  constexpr int STRIDE = TILE + 16;  // of a power of two, all channels would share cache sets
   const int64_t k = call.k, tiles = weight.tiles();
   const int64_t blocks = (k + CHANNELS_AT_ONCE - 1) / CHANNELS_AT_ONCE;
   const int high = call.high_lines(), low = call.low_lines();
@@ -78,7 +78,8 @@ void write_tiles(const Call& call, const Weight& weight, int64_t level, bool tra
     float row_scale[TILE] = {};
     std::copy_n(weight.row_scale + t * TILE, outputs, row_scale);
     const uint32_t* tile = weight.slices + t * weight.lines * WORDS;
-    thread_local std::vector<float> kept(CHANNELS_AT_ONCE * STRIDE);
+    float kept[CHANNELS_AT_ONCE * STRIDE];
+    if (!transposed) std::fill(kept + channels * STRIDE, std::end(kept), 0.0f);
     for (int64_t i = first; i < first + channels; ++i) {
       const int64_t place = weight.low ? weight.low[i] : i;
       const int slices = place < 0 ? std::min<int>(level / 2, high) : level / 2;
@@ -92,10 +93,10 @@ void write_tiles(const Call& call, const Weight& weight, int64_t level, bool tra
       if (transposed)
         write(out + (i * tiles + t) * TILE);
       else
-        write(kept.data() + (i - first) * STRIDE);
+        write(kept + (i - first) * STRIDE);
     }
     if (!transposed)
-      write_transposed(kept.data(), STRIDE, channels, outputs, k, out + t * TILE * k + first);
+      write_transposed(kept, STRIDE, channels, outputs, k, out + t * TILE * k + first);
   }
 }
 

@@ -162,7 +162,8 @@ class Block {
       constexpr float MIDDLE = 0.5f * ((1 << BITS) - 1);
       for (int r = 0; r < ROWS; ++r) {
         Floats total = to_floats(sum[r][0][i].total());
-        if constexpr (PARTS == 2) total += to_floats(sum[r][1][i].total()) * (1.0f / (1 << PART_BITS));
+        if constexpr (PARTS == 2)
+          total += to_floats(sum[r][1][i].total()) * (1.0f / (1 << PART_BITS));
         const float offset = MIDDLE / S::CHANNELS * multipliers.total[r][g];
         float* into = sums[r][at] + COLUMN * LANES;
         store(into, load<Floats>(into) + (total * place - offset) * multipliers.unit[r][g]);

@@ -61,7 +61,7 @@ inline Ints from_bytes(const uint8_t* bytes) {
 #endif
 }
 
-// Rounded to the nearest, ties to even.
+// Rounded to the nearest, ties to even. Values are not NaN.
 inline void store_rounded(c10::BFloat16* to, Floats from) {
   const Words bits = (Words)from, rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
 #if defined(__AVX512BW__)
@@ -164,8 +164,8 @@ struct Chosen {
 #endif
 };
 
-// A lane's sum of products of codes and multipliers, two to a lane: of both 16-bit halves. Codes are
-// not negative.
+// Each lane's sum of products of codes and multipliers, of both 16-bit halves. Codes are not
+// negative.
 struct DotSums {
 #if defined(__aarch64__)
   // Of lanes 0 and 1, and 2 and 3, with each half's products in a place of their own.
