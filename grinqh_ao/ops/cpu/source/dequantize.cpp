@@ -13,25 +13,27 @@ constexpr int64_t CHANNELS_AT_ONCE = 64;
 template <int WORDS, int SLICES, class Out>
 void write_line(const uint32_t* const* lines, const uint8_t* scale_codes, const float* scale_of,
                 const float* gains, const float* row_scale, Out* out) {
-  // Outputs at a time: a line's words, repeated where lines are shorter than vectors.
-  constexpr int CHUNK = std::max(WORDS, 16), FIELDS = CHUNK / WORDS, TILE = WORDS * FIELDS_PER_WORD;
+  // A vector has words of one field; of several, where lines are shorter than that.
+  constexpr int FIELDS = std::max(1, LANES / WORDS);
   constexpr int CODES = 1 << (2 * SLICES);
   const float gain = gains[SLICES - 1];
-  uint32_t words[SLICES][CHUNK];
-  for (int s = 0; s < SLICES; ++s)
-    for (int i = 0; i < CHUNK; ++i) words[s][i] = lines[s][i % WORDS];
-  for (int first = 0; first < TILE; first += CHUNK) {
-    const float scale = scale_of[scale_codes[first / SCALE_GROUP]];
-    float values[CHUNK];
-    for (int i = 0; i < CHUNK; ++i) {
-      const int place = 2 * (first / CHUNK * FIELDS + i / WORDS);
-      uint32_t code = 0;
-      for (int s = 0; s < SLICES; ++s) code = code << 2 | (words[s][i] >> place & 3);
-      const float middle = (float)(int32_t)(2 * code + 1 - CODES) * (1.0f / CODES);
-      values[i] = gain * middle * scale * row_scale[first + i];
+  for (int column = 0; column < WORDS; column += LANES) {
+    Words words[SLICES];
+    for (int s = 0; s < SLICES; ++s) {
+      const uint32_t* same[FIELDS];
+      std::fill_n(same, FIELDS, lines[s] + column);
+      words[s] = join<WORDS>(same);
     }
-    for (int i = 0; i < CHUNK; i += LANES)
-      store_rounded(out + first + i, load<Floats>(values + i));
+#pragma GCC unroll 16
+    for (int field = 0; field < FIELDS_PER_WORD; field += FIELDS) {
+      const int first = field * WORDS + column;
+      const Words place = (Words)(FIELDS == 1 ? Ints{} : lane_numbers() / WORDS * 2) + 2 * field;
+      Words code = {};
+      for (int s = 0; s < SLICES; ++s) code = code << 2 | (words[s] >> place & 3u);
+      const Floats middle = to_floats((Ints)(2 * code) + (1 - CODES)) * (1.0f / CODES);
+      const float scale = scale_of[scale_codes[first / SCALE_GROUP]];
+      store_rounded(out + first, gain * middle * scale * load<Floats>(row_scale + first));
+    }
   }
 }
 
