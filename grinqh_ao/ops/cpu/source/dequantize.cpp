@@ -81,7 +81,8 @@ void write_tiles(const Call& call, const Weight& weight, int64_t level, bool tra
     std::copy_n(weight.row_scale + t * TILE, outputs, row_scale);
     const uint32_t* tile = weight.slices + t * weight.lines * WORDS;
     float kept[CHANNELS_AT_ONCE * STRIDE];
-    if (!transposed) std::fill(kept + channels * STRIDE, std::end(kept), 0.0f);
+    if (!transposed)
+      std::fill_n(kept + channels * STRIDE, (CHANNELS_AT_ONCE - channels) * STRIDE, 0.0f);
     for (int64_t i = first; i < first + channels; ++i) {
       const int64_t place = weight.low ? weight.low[i] : i;
       const int slices = place < 0 ? std::min<int>(level / 2, high) : level / 2;
