@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torchao.quantization import quantize_
 
 import plain
-from grinqh_ao import GrinqhConfig, GrinqhTensor, decode_every_row
+from grinqh_ao import GrinqhConfig, GrinqhTensor, decode_every_row, decode_rule
 from models import tiny_model
 
 
@@ -63,7 +63,17 @@ def test_by_itself_and_together():
     torch.testing.assert_close(together.double(), plain.decode_rows(x, weight), rtol=0, atol=1e-4)
     with decode_every_row():
         alone = F.linear(x, weight)
+    expected = torch.stack([plain.decode(row, weight) for row in x])
+    torch.testing.assert_close(alone.double(), expected, rtol=0, atol=1e-4)
     assert (together - alone).abs().max() > 0.1
+
+
+def test_experts_know_where_sequences_begin_whatever_a_router_sees():
+    """Routers may be given all tokens of a batch in one row, as experts are."""
+    with decode_every_row(dense_prefix=2):
+        decode_rule.first_decoded_row(torch.empty(2, 6, 40))
+        decode_rule.first_decoded_row(torch.empty(12, 40))
+        assert decode_rule.decoded_tokens(12).tolist() == [False, False, *[True] * 4] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -69,26 +69,27 @@ def test_it_is_decoding_token_by_token_after_a_dense_prefill(family, ids):
 def test_cached_references(family, ids, tmp_path):
     model = tiny_model(family, tied=False)
     expected = reference(model, ids)
-    first = reference(model, ids, cache=tmp_path)
-    (file,) = tmp_path.iterdir()
+    cache = tmp_path / "a folder" / "in one"
+    first = reference(model, ids, cache=cache)
+    (file,) = cache.iterdir()
     written = file.stat().st_mtime_ns
-    again = reference(model, ids, cache=tmp_path)
+    again = reference(model, ids, cache=cache)
     assert file.stat().st_mtime_ns == written
     for found in (first, again):
         assert len(found.log_probs) == 3
         rows = zip(found.log_probs, expected.log_probs, strict=True)
         assert all(torch.equal(one, other) for one, other in rows)
     with torch.no_grad():
-        model.lm_head.weight.mul_(1.01)
-    reference(model, ids, cache=tmp_path)
-    reference(model, ids + 1 - ids.min(), cache=tmp_path)
-    reference(model, ids[:2].view(4, 10), cache=tmp_path)
+        model.lm_head.weight[-1].mul_(1.01)
+    reference(model, ids, cache=cache)
+    reference(model, ids + 1 - ids.min(), cache=cache)
+    reference(model, ids[:2].view(4, 10), cache=cache)
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
-    reference(model, ids, cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5
+    reference(model, ids, cache=cache)
+    assert len(list(cache.iterdir())) == 5
     quantize_(model, GrinqhConfig(bits=2))
     with pytest.raises(ValueError, match="full precision"):
-        reference(model, ids, cache=tmp_path)
+        reference(model, ids, cache=cache)
 
 
 def test_bad_ids():
@@ -105,6 +106,13 @@ def test_more_bits_are_closer(family, ids):
         set_bits(model, bits)
         divergences.append(evaluate(model, full).kl)
     assert divergences == sorted(divergences)
+
+
+@pytest.mark.parametrize("prompt", [0, 18])
+def test_first_and_last_prompt_that_leave_something_to_score(ids, prompt):
+    model = tiny_model("llama", tied=False)
+    found = evaluate(model, reference(model, ids), prompt=prompt)
+    assert found.positions == len(ids) * (20 - prompt)
 
 
 @pytest.mark.parametrize("prefix", [-1, 19, 20, 4.0])
