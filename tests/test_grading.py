@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from grinqh_ao.grading import (
     ALL_LEVELS,
+    bits_of,
     check_bits,
     check_levels,
     expected_bits,
@@ -99,6 +100,19 @@ def test_absolute_thresholds_and_ties():
     thresholds = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
     x = torch.tensor([0.5, -1.0, 1.5, 2.5, -3.5, 4.0, 4.5])
     assert grade(x, EVEN, thresholds, ALL_LEVELS).tolist() == [0, 0, 2, 4, 6, 6, 8]
+
+
+def test_only_channels_with_low_slices_are_read_beyond_four_bits():
+    low = torch.tensor([0, -1, 1, -1])  # where low slices lie, the first at 0
+    thresholds = torch.zeros(2, 4)
+    assert grade(torch.ones(4), EVEN, thresholds, ALL_LEVELS, low).tolist() == [8, 4, 8, 4]
+
+
+@pytest.mark.parametrize("level", [2, 4, 8])
+def test_a_single_level_has_no_thresholds(level):
+    thresholds = thresholds_for(level, (level,))
+    assert thresholds.shape == (2, 0)
+    assert bits_of(thresholds, (level,)) == level
 
 
 def test_rows_are_graded_on_their_own():
