@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grinqh_ao.grading import ALL_LEVELS, bits_of, grade, thresholds_for
-from grinqh_ao.tails import CURVE_LENGTH, Histogram, check_curve, common_curves, laplace, measured
+from grinqh_ao.tails import (
+    CURVE_LENGTH,
+    LOWEST,
+    PER_OCTAVE,
+    POINTS,
+    Histogram,
+    check_curve,
+    common_curves,
+    laplace,
+    measured,
+)
 
 EVEN = torch.ones(1)  # all channels weigh the same
 LEVEL_SETS = [levels for size in range(2, 6) for levels in itertools.combinations(ALL_LEVELS, size)]
@@ -64,6 +74,18 @@ def test_the_tail_of_laplace_activations_is_the_formula():
     tail = measured(curve_of(x, 1.0)[2:].tolist())
     for threshold in (0.01, 0.1, 0.5, 1.0, 3.0, 6.0):
         assert tail(threshold) == pytest.approx(laplace(threshold), abs=0.005)
+
+
+def test_between_points_a_tail_is_straight_beyond_them_flat():
+    shares = [0.9 - 0.8 * i / (POINTS - 1) for i in range(POINTS)]
+    shares[1] -= 0.005  # not just one line
+    tail = measured(shares)
+    assert tail(0.0) == 1 and measured(shares, 0.95)(0.0) == 0.95
+    at = [2.0 ** (LOWEST + i / PER_OCTAVE) for i in range(POINTS)]
+    assert [tail(threshold) for threshold in at] == pytest.approx(shares)
+    between = [tail((a * b) ** 0.5) for a, b in itertools.pairwise(at)]
+    assert between == pytest.approx([(a + b) / 2 for a, b in itertools.pairwise(shares)])
+    assert tail(at[0] / 1000) == shares[0] and tail(at[-1] * 1000) == shares[-1]
 
 
 def test_layers_of_one_model_read_the_bits_together():
