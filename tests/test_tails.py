@@ -80,12 +80,14 @@ def test_between_points_a_tail_is_straight_beyond_them_flat():
     shares = [0.9 - 0.8 * i / (POINTS - 1) for i in range(POINTS)]
     shares[1] -= 0.005  # not just one line
     tail = measured(shares)
-    assert tail(0.0) == 1 and measured(shares, 0.95)(0.0) == 0.95
+    assert tail(0.0) == 1
+    assert measured(shares, 0.95)(0.0) == 0.95
     at = [2.0 ** (LOWEST + i / PER_OCTAVE) for i in range(POINTS)]
     assert [tail(threshold) for threshold in at] == pytest.approx(shares)
     between = [tail((a * b) ** 0.5) for a, b in itertools.pairwise(at)]
     assert between == pytest.approx([(a + b) / 2 for a, b in itertools.pairwise(shares)])
-    assert tail(at[0] / 1000) == shares[0] and tail(at[-1] * 1000) == shares[-1]
+    assert tail(at[0] / 1000) == shares[0]
+    assert tail(at[-1] * 1000) == shares[-1]
 
 
 def test_layers_of_one_model_read_the_bits_together():
