@@ -63,6 +63,30 @@ def test_does_the_work_for_each_call_anew():
     assert [round(weight.bits) for _, _, weight in quantized_linears(model)] == [4, 3]
 
 
+def test_a_filter_is_told_the_names_that_torchao_tells_it(family):
+    def told_by(config: AOBaseConfig) -> set[str]:
+        names = set()
+
+        def last(module: nn.Module, name: str) -> bool:
+            names.add(name)
+            return name == "model.layers.1.mlp.down_proj"
+
+        quantize_(tiny_model(family, tied=False), config, filter_fn=last)
+        return names
+
+    names = told_by(GrinqhConfig(bits=3))
+    assert names == told_by(Int8WeightOnlyConfig())
+    assert names > {"", "model.layers.0.mlp", "model.layers.1.mlp.down_proj", "lm_head"}
+
+
+def test_layers_deep_in_a_model_are_named_in_errors():
+    model = nn.ModuleDict({"block": nn.ModuleDict({"inner": nn.Linear(8, 8)})})
+    with torch.no_grad():
+        model["block"]["inner"].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^block\.inner: its weight has NaN"):
+        quantize_(model, GrinqhConfig(bits=3))
+
+
 def test_a_filter_with_a_memory():
     model = two_layers()
     seen: set[str] = set()
