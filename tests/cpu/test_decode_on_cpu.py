@@ -236,7 +236,7 @@ def test_a_place_that_does_not_fit_is_refused(machine, shape, first, transposed)
     weight = GrinqhTensor.from_hp(torch.randn(140, 40))
     assert weight.tile == 64
     out = torch.zeros(shape)
-    with pytest.raises(RuntimeError, match=r"out does not fit the weight|Dimension out of range"):
+    with pytest.raises(RuntimeError, match="out does not fit the weight"):
         torch.ops.grinqh.dequantize_into(
             weight.slices, weight.scales, weight.vectors, None, 8, 8, first, transposed, out
         )

@@ -219,12 +219,13 @@ void dequantize_into(const Tensor& slices, const Tensor& scales, const Tensor& v
   Stored weight{slices, scales, vectors, {}, low};
   const int64_t k = weight.k(), tile = slices.size(2) * FIELDS_PER_WORD;
   check_shapes(weight, k, {stored});
+  STD_TORCH_CHECK(out.dim() == 2, "out does not fit the weight");
   const int64_t outputs = out.size(transposed ? 1 : 0), tiles = (outputs + tile - 1) / tile;
   const int64_t expected =
       transposed ? tiles * tile : std::min(tiles * tile, weight.n() - first * tile);
   STD_TORCH_CHECK(dtype && out.is_contiguous() && 0 < level && level <= stored && 0 <= first &&
-                      first + tiles <= slices.size(0) && out.dim() == 2 &&
-                      out.size(transposed ? 0 : 1) == k && outputs == expected,
+                      first + tiles <= slices.size(0) && out.size(transposed ? 0 : 1) == k &&
+                      outputs == expected,
                   "out does not fit the weight");
   weight.make_contiguous(out.scalar_type());
   Weight some = weight.at(0, nullptr, out.mutable_data_ptr());
