@@ -8,7 +8,8 @@ computes all of them, the others find their result waiting.
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +103,40 @@ def _compatible(weights: list[Any]) -> bool:
     )
 
 
-def _version(x: Tensor) -> int:
-    """Changes when ``x`` is written to, where PyTorch keeps count of that."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _decoded_alike(x: Tensor, weights: list[Inner], biases: Sequence[Tensor | None]) -> bool:
+    """Whether all rows of ``x`` are decoded together, with all weights, by the same op."""
+    return (
+        x.is_floating_point()
+        and x.shape[-1] == weights[0].scales.shape[1]
+        and x.device == weights[0].slices.device
+        and x.device.type != "meta"
+        and not torch.is_autocast_enabled(x.device.type)
+        and decoded_together()
+        and _compatible(weights)
+        and all(first_decoded_row(x, bias) == 0 for bias in biases)
+    )
+
+
+class _Results(NamedTuple):
+    """What one launch computed, as long as members have not fetched theirs."""
+
+    x: Tensor
+    seen: tuple[object, ...]
+    weights: list[Tensor | None]
+    outputs: list[Tensor]
+    left: frozenset[int]  # members to come
+
+
+def _seen(x: Tensor) -> tuple[object, ...]:
+    """Changes when ``x`` is written to, where PyTorch keeps count of that, and with what decides
+    how it is multiplied."""
+    return (
+        0 if torch.compiler.is_compiling() or x.is_inference() else x._version,
+        x.requires_grad,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(x.device.type),
+        decoded_together(),
+    )
 
 
 class _Group:
@@ -112,48 +144,46 @@ class _Group:
 
     def __init__(self, members: list[FusedLinear]) -> None:
         self.members = members
-        # Activations and their version, results, and the members that have not fetched theirs.
         # Replaced as a whole, never changed: a model may run in several threads, whose activations
         # differ.
-        self.waiting: tuple[Tensor, int, list[Tensor], frozenset[int]] | None = None
+        self.waiting: _Results | None = None
 
-    def weights(self, x: Tensor) -> list[Inner] | None:
-        """Those of all members, if they would decode all rows of ``x`` together, by the same op."""
+    def result(self, index: int, x: Tensor) -> Tensor | None:
+        """What member ``index`` computes of ``x``; None if the members do not decode it alike."""
+        found = self.waiting
+        if found is None or not self._fits(found, index, x):
+            found = self._compute(x)
+        if found is None:
+            return None
+        left = found.left - {index}
+        self.waiting = found._replace(left=left) if left else None
+        return found.outputs[index]
+
+    def _fits(self, found: _Results, index: int, x: Tensor) -> bool:
+        if index not in found.left or found.x is not x or found.seen != _seen(x):
+            return False
+        # Compiled models must not come across weights.
+        weight = None if torch.compiler.is_compiling() else self.members[index].weight
+        return found.weights[index] is weight
+
+    def _compute(self, x: Tensor) -> _Results | None:
         found = [member.inner() for member in self.members]
         weights = [weight for weight in found if weight is not None]
-        together = (
-            len(weights) == len(found)
-            and x.is_floating_point()
-            and x.shape[-1] == weights[0].scales.shape[1]
-            and x.device == weights[0].slices.device
-            and x.device.type != "meta"
-            and not torch.is_autocast_enabled(x.device.type)
-            and decoded_together()
-            and _compatible(weights)
-            and all(first_decoded_row(x, m.bias) == 0 for m in self.members)
-        )
-        return weights if together else None
-
-    def result(self, index: int, x: Tensor, weights: list[Inner]) -> Tensor:
-        waiting, version = self.waiting, _version(x)
-        fresh = waiting is not None and waiting[0] is x and waiting[1] == version
-        if waiting is None or not fresh or index not in waiting[3]:
-            results = self._compute(x, weights)
-            waiting = x, version, results, frozenset(range(len(self.members)))
-        left = waiting[3] - {index}
-        self.waiting = (x, version, waiting[2], left) if left else None
-        return waiting[2][index]
-
-    def _compute(self, x: Tensor, weights: list[Inner]) -> list[Tensor]:
-        return ops.decode_linears(
+        biases = [member.bias for member in self.members]
+        if len(weights) < len(found) or not _decoded_alike(x, weights, biases):
+            return None
+        outputs = ops.decode_linears(
             x,
             [weight.slices for weight in weights],
             [weight.scales for weight in weights],
             [weight.vectors for weight in weights],
-            [None if m.bias is None else m.bias.to(x.dtype) for m in self.members],
+            [None if bias is None else bias.to(x.dtype) for bias in biases],
             [weight.low for weight in weights],
             weights[0].levels,
         )
+        compiling = torch.compiler.is_compiling()
+        computed_with = [None if compiling else member.weight for member in self.members]
+        return _Results(x, _seen(x), computed_with, outputs, frozenset(range(len(weights))))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "waiting": None}
@@ -166,7 +196,7 @@ class FusedLinear(GrinqhLinear):
     _index: int
 
     def forward(self, input: Tensor) -> Tensor:
-        weights = self._group.weights(input)
-        if weights is None:
+        if isinstance(input, torch.fx.Proxy):
             return super().forward(input)
-        return self._group.result(self._index, input, weights)
+        result = self._group.result(self._index, input)
+        return super().forward(input) if result is None else result

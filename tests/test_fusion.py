@@ -11,6 +11,7 @@ from torchao.quantization import quantize_
 
 from grinqh_ao import (
     GrinqhConfig,
+    decode_every_row,
     fuse_projections,
     measure,
     ops,
@@ -178,6 +179,11 @@ def test_a_projection_alone_and_twice(model):
     assert mlp.gate_proj._group.waiting is not None
     assert torch.equal(mlp.gate_proj(x), gate)
     assert mlp.gate_proj._group.waiting is None  # nothing is kept alive after a step
+    set_bits(model, 2)
+    at_2_bits = mlp.gate_proj(x)
+    set_bits(model, 3)
+    assert torch.equal(mlp.gate_proj(x), gate)
+    assert not torch.equal(at_2_bits, gate)
 
 
 @torch.no_grad()
@@ -189,6 +195,48 @@ def test_activations_that_are_written_to_in_between(model):
     mlp.gate_proj(x)
     x.mul_(2)
     assert torch.equal(mlp.up_proj(x), expected)
+
+
+@torch.no_grad()
+def test_what_changes_between_projections(model):
+    """Each finds results of the first waiting, and must not take them."""
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(1, 2, 64)
+    with torch.autocast("cpu"):
+        low_precision = mlp.up_proj(x)
+    with decode_every_row(dense_prefix=2):
+        at_8_bits = mlp.up_proj(x)
+    fuse_projections(model)
+    mlp.gate_proj(x)
+    with torch.autocast("cpu"):
+        assert torch.equal(mlp.up_proj(x), low_precision)
+    mlp.gate_proj(x)
+    with decode_every_row(dense_prefix=2):
+        assert torch.equal(mlp.up_proj(x), at_8_bits)
+    mlp.gate_proj(x)
+    mlp.up_proj.weight = nn.Parameter(-mlp.up_proj.weight.dequantize())
+    torch.testing.assert_close(mlp.up_proj(x), -at_8_bits)
+
+
+def test_gradients_wanted_after_the_first_projection(model):
+    mlp = model.model.layers[0].mlp
+    fuse_projections(model)
+    x = torch.randn(1, 1, 64)
+    with torch.no_grad():
+        mlp.gate_proj(x)
+    x.requires_grad_()
+    mlp.up_proj(x).sum().backward()
+    assert x.grad is not None
+
+
+@torch.no_grad()
+def test_symbolic_tracing(model):
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(1, 1, 64)
+    expected = mlp.gate_proj(x)
+    fuse_projections(model)
+    traced = torch.fx.symbolic_trace(mlp.gate_proj)
+    assert torch.equal(traced(x), expected)
 
 
 @torch.no_grad()
