@@ -28,6 +28,9 @@ class GrinqhLinear(nn.Linear):
     for calls outside of compiled functions only; after such a call those look at the weight itself.
     """
 
+    # What torch._dynamo.mark_static sets, and is said of nn.Linear itself: with dynamic=True shapes
+    # of weights are no symbols, which took compilation several times as long.
+    _dynamo_marked_static = True
     # What the weight holds, by names: its own __dict__, so that it is never behind. Compiled models
     # look here and not at the weight, whose mere sight would make them check it.
     _inner: dict[str, Any] | None = None

@@ -122,6 +122,28 @@ def test_compiled_models_see_plain_tensors_only(fused: bool) -> None:
     assert not any(isinstance(example, GrinqhTensor) for example in graphs[0])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_are_static_in_compiled_models(fused: bool) -> None:
+    """Symbols for their shapes take long to compile; what may move is copied into CUDA graphs."""
+    torch._dynamo.reset()
+    model, x = Attention(), x_of(rows=3)
+    quantize_(model, GrinqhConfig(bits=3))
+    if fused:
+        fuse_projections(model)
+    graphs: list[list[object]] = []
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=inputs_of_graphs(graphs))
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+    symbols = [example for example in graphs[0] if isinstance(example, torch.SymInt)]
+    assert len(symbols) == 1  # rows
+    tensors = [example for example in graphs[0] if isinstance(example, torch.Tensor)]
+    stored = [tensor for tensor in tensors if tensor.dim() != 2]  # all but x
+    assert len(stored) == 3 * 3 + 1
+    for tensor in stored:
+        assert all(isinstance(size, int) for size in tensor.shape)
+        assert tensor._dynamo_static_input_type
+
+
 def test_compiled_models_see_what_changes() -> None:
     torch._dynamo.reset()
     model, x = nn.Sequential(layer()), x_of()
