@@ -194,9 +194,7 @@ def summary(model: nn.Module) -> Summary:
 
 def _stored_bytes(tensor: torch.Tensor) -> int:
     """Of a tensor subclass what it holds, not what it stands for."""
-    if isinstance(tensor, GrinqhTensor):
-        return tensor.stored_bytes
-    if not is_traceable_wrapper_subclass(tensor):  # another quantizer's
+    if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes
     names, _ = tensor.__tensor_flatten__()
     return sum(_stored_bytes(getattr(tensor, name)) for name in names)

@@ -291,6 +291,11 @@ def test_errors_leave_everything(arguments, message):
     assert all(torch.equal(w.thresholds, before[n]) for n, _, w in quantized_linears(model))
 
 
+def test_weights_without_data():
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: is on the meta device"):
+        calibrate(quantized().to("meta"), batches())
+
+
 def test_a_failing_batch_leaves_everything():
     model = quantized()
     with pytest.raises(IndexError):

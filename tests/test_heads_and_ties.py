@@ -110,6 +110,13 @@ def test_a_layer_tied_to_the_head_is_read_as_the_head_is():
     assert model["a"].weight.bits == pytest.approx(6)
 
 
+def test_what_is_tied_to_an_embedding_is_a_head_whatever_its_name():
+    model = nn.ModuleDict({"tokens": nn.Embedding(320, 32), "last": nn.Linear(32, 320)})
+    model["last"].weight = model["tokens"].weight
+    quantize_(model, GrinqhConfig(bits=3))
+    assert summary(model).heads == {"last": pytest.approx(6)}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

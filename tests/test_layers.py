@@ -75,6 +75,14 @@ def test_another_weight_by_any_way_is_what_counts() -> None:
     assert "grinqh" not in repr(dense)
 
 
+def test_a_weight_that_is_deleted() -> None:
+    linear = layer()
+    del linear.weight
+    assert linear._inner is None
+    with pytest.raises(AttributeError, match="weight"):
+        linear(x_of())
+
+
 def test_copies_have_weights_of_their_own() -> None:
     linear = layer()
     file = io.BytesIO()

@@ -98,6 +98,13 @@ def test_gradient_passes_do_not_count(model):
         _ = measured.total
 
 
+def test_a_single_vector(model):
+    x = torch.randn(40)
+    with measure(model) as measured:
+        model(x)
+    assert measured.layers["0"].code_bits == 96 * model[0].weight.grade(x).sum()
+
+
 def test_inputs_by_keyword(model):
     with measure(model) as measured:
         model[0](input=torch.randn(1, 40))

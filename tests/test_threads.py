@@ -94,6 +94,39 @@ def test_a_step_reads_all_layers_at_the_same_bits(model, monkeypatch, guarded):
     assert len(set().union(*read)) > 1
 
 
+def test_a_change_waits_for_the_step_that_runs(model):
+    guard_steps(model)
+    arrived, go = threading.Event(), threading.Event()
+
+    def stop(*_):
+        arrived.set()
+        go.wait(60)
+
+    model[3].register_forward_pre_hook(stop)
+    step = threading.Thread(target=model, args=(torch.randn(1, 64),))
+    change = threading.Thread(target=set_bits, args=(model, 2))
+    step.start()
+    assert arrived.wait(60)
+    change.start()
+    change.join(0.2)
+    assert change.is_alive()
+    assert {round(layer.weight.bits, 2) for layer in model} == {3}
+    go.set()
+    step.join(), change.join()
+    assert {round(layer.weight.bits, 2) for layer in model} == {2}
+
+
+def test_a_step_waits_for_the_change_that_runs(model):
+    guard_steps(model)
+    step = threading.Thread(target=model, args=(torch.randn(1, 64),))
+    with model._grinqh_gate.change():
+        step.start()
+        step.join(0.2)
+        assert step.is_alive()
+    step.join(60)
+    assert not step.is_alive()
+
+
 def test_a_step_that_fails_or_calls_itself_ends(model):
     guard_steps(model)
     with pytest.raises(ValueError, match="input of shape"):
