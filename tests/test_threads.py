@@ -131,6 +131,10 @@ def test_a_step_that_fails_or_calls_itself_ends(model):
     guard_steps(model)
     with pytest.raises(ValueError, match="input of shape"):
         model(torch.randn(1, 63))
+    change = threading.Thread(target=set_bits, args=(model, 4), daemon=True)
+    change.start()  # not by this thread, which would not wait for a step of its own
+    change.join(60)
+    assert model[0].weight.bits == pytest.approx(4)
     nested = nn.Sequential(model)
     guard_steps(nested)
     nested._grinqh_gate = model._grinqh_gate
