@@ -270,6 +270,8 @@ def test_the_model_is_left_as_it_was():
     [
         ({"data": batches(), "bits": 9}, "bits of model.layers.0.self_attn.q_proj=9"),
         ({"data": batches(), "relative": 1.5}, "relative=1.5"),
+        ({"data": batches(), "relative": "half"}, "relative='half'"),
+        ({"data": batches(), "relative": True}, "relative=True"),
         ({"data": "some text"}, "tokenizer=None"),
         ({"data": ["some", "text"]}, "tokenizer=None"),
         ({"data": []}, "data is empty"),

@@ -136,6 +136,17 @@ def test_copies_and_pickles_are_fused_among_themselves(model, ids):
         assert generate(model, ids) == expected
 
 
+def test_plain_linear_layers_with_quantized_weights(model):
+    mlp = model.model.layers[0].mlp
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        projection.__class__ = nn.Linear
+        del projection._inner
+    fuse_projections(model)
+    # What compiled models see.
+    assert mlp.gate_proj._inner is mlp.gate_proj.weight.__dict__
+    assert mlp.up_proj._inner is mlp.up_proj.weight.__dict__
+
+
 def test_a_state_dict_loads_into_a_fused_model(model, ids):
     fuse_projections(model)
     state = copy.deepcopy(model.state_dict())
@@ -255,11 +266,13 @@ def test_a_replaced_forward_is_not_fused(model, log):
 
 def test_what_cannot_be_fused_is_left_and_logged(log):
     class Block(nn.Module):
-        def __init__(self, *sizes: int) -> None:
+        def __init__(self, gate: tuple[int, int], up: tuple[int, int]) -> None:
             super().__init__()
-            self.gate_proj, self.up_proj = (nn.Linear(64, size) for size in sizes)
+            self.gate_proj, self.up_proj = nn.Linear(*gate), nn.Linear(*up)
 
-    model = nn.Sequential(Block(512, 64), Block(64, 64), Block(128, 128))
+    outputs = Block((64, 512), (64, 64))
+    inputs = Block((64, 64), (96, 64))
+    model = nn.Sequential(outputs, *(Block((64, 128), (64, 128)) for _ in range(2)), inputs)
     quantize_(
         model,
         GrinqhConfig(),
@@ -268,5 +281,6 @@ def test_what_cannot_be_fused_is_left_and_logged(log):
     assert fuse_projections(model) == [["2.gate_proj", "2.up_proj"]]
     assert "0.gate_proj, 0.up_proj are not fused: their weights differ in" in log.text
     assert "1.gate_proj, 1.up_proj are not fused: their weights are not all quantized" in log.text
+    assert "3.gate_proj, 3.up_proj are not fused: their weights differ in" in log.text
     with pytest.raises(ValueError, match="no layer is quantized"):
         fuse_projections(nn.Linear(8, 8))

@@ -94,25 +94,30 @@ def test_a_step_reads_all_layers_at_the_same_bits(model, monkeypatch, guarded):
     assert len(set().union(*read)) > 1
 
 
-def test_a_change_waits_for_the_step_that_runs(model):
+def test_a_change_waits_for_the_step_that_runs_and_goes_before_the_next(model):
     guard_steps(model)
-    arrived, go = threading.Event(), threading.Event()
+    arrived, go, bits_of_steps = threading.Event(), threading.Event(), []
 
     def stop(*_):
         arrived.set()
         go.wait(60)
+        bits_of_steps.append(round(model[3].weight.bits, 2))
 
     model[3].register_forward_pre_hook(stop)
-    step = threading.Thread(target=model, args=(torch.randn(1, 64),))
+    step, later = (threading.Thread(target=model, args=(torch.randn(1, 64),)) for _ in range(2))
     change = threading.Thread(target=set_bits, args=(model, 2))
     step.start()
     assert arrived.wait(60)
     change.start()
     change.join(0.2)
     assert change.is_alive()
+    arrived.clear()
+    later.start()
+    assert not arrived.wait(0.2)
     assert {round(layer.weight.bits, 2) for layer in model} == {3}
     go.set()
-    step.join(), change.join()
+    step.join(), change.join(), later.join()
+    assert bits_of_steps == [3, 2]
     assert {round(layer.weight.bits, 2) for layer in model} == {2}
 
 
