@@ -113,11 +113,13 @@ class GrinqhTensor(TorchAOBaseTensor):
         curve: Tensor | None = None,
         low: Tensor | None = None,
         sharing: tuple[str, int] | None = None,
+        size: torch.Size | None = None,
     ) -> GrinqhTensor:
-        k = scales.shape[-2]
-        shape = (*vectors.shape[:-1], outputs_of(vectors, k), k)
+        if size is None:
+            k = scales.shape[-2]
+            size = torch.Size([*vectors.shape[:-1], outputs_of(vectors, k), k])
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape, device=slices.device, dtype=dtype, requires_grad=False
+            cls, size, device=slices.device, dtype=dtype, requires_grad=False
         )
 
     def __init__(
@@ -131,6 +133,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         curve: Tensor | None = None,
         low: Tensor | None = None,
         sharing: tuple[str, int] | None = None,
+        size: torch.Size | None = None,
     ) -> None:
         super().__init__()
         self.slices = slices
@@ -151,6 +154,17 @@ class GrinqhTensor(TorchAOBaseTensor):
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         # Compiled models ask this of every weight twice at every step: so nothing is built here.
         return _DATA_NAMES[self.curve is not None, self.low is not None], self._attributes
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls,
+        tensor_data_dict: dict[str, Any],
+        tensor_attributes: dict[str, Any],
+        outer_size: torch.Size | None,
+        outer_stride: tuple[int, ...] | None,
+    ) -> GrinqhTensor:
+        # With dynamic=True sizes are symbols, and guards know the outer ones by these names only.
+        return cls(**tensor_data_dict, **tensor_attributes, size=outer_size)
 
     @classmethod
     @torch.compiler.disable  # done once per weight, and to give the same codes everywhere

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torchao.testing import utils as torchao_tests
 from torchao.utils import TorchAOBaseTensor
 
@@ -349,3 +352,11 @@ def test_equal():
     other = weight.clone()
     other.set_bits(2)
     assert not torch.equal(weight, other)
+
+
+def test_symbolic_sizes_are_its_own():
+    """As with dynamic=True: not what follows from those of the inner tensors."""
+    weight = GrinqhTensor.from_hp(torch.randn(160, 96))
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fake = mode.from_tensor(weight, source=ConstantSource("weight"))
+    assert all(size.node.expr.is_Symbol for size in fake.shape)
