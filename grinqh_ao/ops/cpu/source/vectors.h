@@ -134,6 +134,19 @@ inline Floats look_up(const float* table, Ints places) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+// For each set of lanes, a bit a lane: its lanes one after the other, and then any.
+struct LaneOrders {
+  alignas(8) uint8_t of[1 << LANES][LANES] = {};
+  constexpr LaneOrders() {
+    for (int lanes = 0; lanes < 1 << LANES; ++lanes)
+      for (int lane = 0, at = 0; lane < LANES; ++lane)
+        if (lanes >> lane & 1) of[lanes][at++] = (uint8_t)lane;
+  }
+};
+constexpr LaneOrders LANE_ORDERS;
+#endif
+
 // Some of a vector's lanes.
 struct Chosen {
 #if defined(__AVX512BW__)
@@ -145,6 +158,14 @@ struct Chosen {
     grinqh::store(to, _mm512_maskz_compress_epi32(mask, (__m512i)vector));
   }
   __mmask16 mask;
+#elif defined(__AVX2__)
+  explicit Chosen(Ints lanes) : mask(_mm256_movemask_ps((__m256)lanes)) {}
+  int count() const { return __builtin_popcount(mask); }
+  template <class Vector>
+  void store(void* to, Vector vector) const {
+    grinqh::store(to, permute(vector, from_bytes(LANE_ORDERS.of[mask])));
+  }
+  int mask;
 #else
   explicit Chosen(Ints lanes) : mask(lanes) {}
   int count() const {
