@@ -32,7 +32,9 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
 
     Parameters, ``state_dict``, hooks, prompts and gradients are untouched, and so is ``set_bits``:
     every projection keeps its weight and thresholds. Results differ by the order of float32 sums
-    at most. Worth it where launches cost more than reading: small layers, large GPUs.
+    at most. Threads must not share activations, and a compiled function must not write to them
+    between a group's projections. Worth it where launches cost more than reading: small layers,
+    large GPUs.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -117,21 +119,48 @@ def _decoded_alike(x: Tensor, weights: list[Inner], biases: Sequence[Tensor | No
     )
 
 
+class _Operands(NamedTuple):
+    """What a member multiplies with, and how often that was written to."""
+
+    tensors: list[Tensor]
+    versions: list[int]
+
+    def same(self, other: _Operands) -> bool:
+        return (
+            self.versions == other.versions
+            and len(self.tensors) == len(other.tensors)
+            and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+        )
+
+
 class _Results(NamedTuple):
     """What one launch computed, as long as members have not fetched theirs."""
 
     x: Tensor
     seen: tuple[object, ...]
-    weights: list[Tensor | None]
+    operands: list[_Operands]
     outputs: list[Tensor]
     left: frozenset[int]  # members to come
 
 
+def _version(tensor: Tensor) -> int:
+    """Counts how often it was written to, where PyTorch does."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def _operands(weight: Inner | None, bias: Tensor | None) -> _Operands:
+    if torch.compiler.is_compiling():
+        return _Operands([], [])  # there no weight changes between projections
+    tensors = [] if weight is None else [weight.slices, weight.vectors]
+    if bias is not None:
+        tensors.append(bias)
+    return _Operands(tensors, [_version(tensor) for tensor in tensors])
+
+
 def _seen(x: Tensor) -> tuple[object, ...]:
-    """Changes when ``x`` is written to, where PyTorch keeps count of that, and with what decides
-    how it is multiplied."""
+    """Changes when ``x`` is written to, and with the modes that decide how it is multiplied."""
     return (
-        0 if torch.compiler.is_compiling() or x.is_inference() else x._version,
+        _version(x),
         x.requires_grad,
         torch.is_grad_enabled(),
         torch.is_autocast_enabled(x.device.type),
@@ -160,11 +189,13 @@ class _Group:
         return found.outputs[index]
 
     def _fits(self, found: _Results, index: int, x: Tensor) -> bool:
-        if index not in found.left or found.x is not x or found.seen != _seen(x):
-            return False
-        # Compiled models must not come across weights.
-        weight = None if torch.compiler.is_compiling() else self.members[index].weight
-        return found.weights[index] is weight
+        member = self.members[index]
+        return (
+            index in found.left
+            and found.x is x
+            and found.seen == _seen(x)
+            and found.operands[index].same(_operands(member.inner(), member.bias))
+        )
 
     def _compute(self, x: Tensor) -> _Results | None:
         found = [member.inner() for member in self.members]
@@ -172,6 +203,7 @@ class _Group:
         biases = [member.bias for member in self.members]
         if len(weights) < len(found) or not _decoded_alike(x, weights, biases):
             return None
+        operands = [_operands(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         outputs = ops.decode_linears(
             x,
             [weight.slices for weight in weights],
@@ -181,9 +213,7 @@ class _Group:
             [weight.low for weight in weights],
             weights[0].levels,
         )
-        compiling = torch.compiler.is_compiling()
-        computed_with = [None if compiling else member.weight for member in self.members]
-        return _Results(x, _seen(x), computed_with, outputs, frozenset(range(len(weights))))
+        return _Results(x, _seen(x), operands, outputs, frozenset(range(len(weights))))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "waiting": None}

@@ -217,6 +217,10 @@ def test_what_changes_between_projections(model):
         low_precision = mlp.up_proj(x)
     with decode_every_row(dense_prefix=2):
         at_8_bits = mlp.up_proj(x)
+    at_3_bits, state = mlp.up_proj(x), copy.deepcopy(mlp.state_dict())
+    set_bits(mlp, 2)
+    at_2_bits = mlp.up_proj(x)
+    set_bits(mlp, 3)
     fuse_projections(model)
     mlp.gate_proj(x)
     with torch.autocast("cpu"):
@@ -224,6 +228,19 @@ def test_what_changes_between_projections(model):
     mlp.gate_proj(x)
     with decode_every_row(dense_prefix=2):
         assert torch.equal(mlp.up_proj(x), at_8_bits)
+    mlp.gate_proj(x)
+    set_bits(mlp, 2)
+    assert torch.equal(mlp.up_proj(x), at_2_bits)
+    mlp.gate_proj(x)
+    mlp.load_state_dict(state)
+    assert torch.equal(mlp.up_proj(x), at_3_bits)
+    mlp.gate_proj(x)
+    mlp.up_proj.bias = nn.Parameter(torch.ones(mlp.up_proj.out_features))
+    torch.testing.assert_close(mlp.up_proj(x), at_3_bits + 1)
+    mlp.gate_proj(x)
+    mlp.up_proj.bias.add_(1)
+    torch.testing.assert_close(mlp.up_proj(x), at_3_bits + 2)
+    mlp.up_proj.bias = None
     mlp.gate_proj(x)
     mlp.up_proj.weight = nn.Parameter(-mlp.up_proj.weight.dequantize())
     torch.testing.assert_close(mlp.up_proj(x), -at_8_bits)

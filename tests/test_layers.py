@@ -137,7 +137,7 @@ def test_weights_are_static_in_compiled_models(fused: bool) -> None:
     model, x = Attention(), x_of(rows=3)
     quantize_(model, GrinqhConfig(bits=3))
     if fused:
-        fuse_projections(model)
+        assert fuse_projections(model)
     graphs: list[list[object]] = []
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=inputs_of_graphs(graphs))
     with torch.no_grad():

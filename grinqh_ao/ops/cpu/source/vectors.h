@@ -147,12 +147,12 @@ struct LaneOrders {
 constexpr LaneOrders LANE_ORDERS;
 #endif
 
-// Some of a vector's lanes.
+// Some of a vector's lanes. To store them is to write them one after the other, and something
+// behind them: up to LANES in all.
 struct Chosen {
 #if defined(__AVX512BW__)
   explicit Chosen(Ints lanes) : mask(_mm512_movepi32_mask((__m512i)lanes)) {}
   int count() const { return __builtin_popcount(mask); }
-  // Writes those lanes one after the other, and something behind them: LANES in all.
   template <class Vector>
   void store(void* to, Vector vector) const {
     grinqh::store(to, _mm512_maskz_compress_epi32(mask, (__m512i)vector));
