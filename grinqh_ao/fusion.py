@@ -138,7 +138,7 @@ class _Results(NamedTuple):
 
     x: Tensor
     seen: tuple[object, ...]
-    operands: list[_Operands]
+    operands: list[_Operands | None]  # None in compiled functions, where they do not change
     outputs: list[Tensor]
     left: frozenset[int]  # members to come
 
@@ -149,8 +149,6 @@ def _version(tensor: Tensor) -> int:
 
 
 def _operands(weight: Inner | None, bias: Tensor | None) -> _Operands:
-    if torch.compiler.is_compiling():
-        return _Operands([], [])  # there no weight changes between projections
     tensors = [] if weight is None else [weight.slices, weight.vectors]
     if bias is not None:
         tensors.append(bias)
@@ -189,13 +187,12 @@ class _Group:
         return found.outputs[index]
 
     def _fits(self, found: _Results, index: int, x: Tensor) -> bool:
-        member = self.members[index]
-        return (
-            index in found.left
-            and found.x is x
-            and found.seen == _seen(x)
-            and found.operands[index].same(_operands(member.inner(), member.bias))
-        )
+        if index not in found.left or found.x is not x or found.seen != _seen(x):
+            return False
+        operands, member = found.operands[index], self.members[index]
+        if torch.compiler.is_compiling():
+            return operands is None
+        return operands is not None and operands.same(_operands(member.inner(), member.bias))
 
     def _compute(self, x: Tensor) -> _Results | None:
         found = [member.inner() for member in self.members]
@@ -203,7 +200,10 @@ class _Group:
         biases = [member.bias for member in self.members]
         if len(weights) < len(found) or not _decoded_alike(x, weights, biases):
             return None
-        operands = [_operands(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        operands = [
+            None if torch.compiler.is_compiling() else _operands(weight, bias)
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
         outputs = ops.decode_linears(
             x,
             [weight.slices for weight in weights],
