@@ -126,10 +126,8 @@ class _Operands(NamedTuple):
     versions: list[int]
 
     def same(self, other: _Operands) -> bool:
-        return (
-            self.versions == other.versions
-            and len(self.tensors) == len(other.tensors)
-            and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+        return self.versions == other.versions and all(
+            a is b for a, b in zip(self.tensors, other.tensors, strict=True)
         )
 
 
