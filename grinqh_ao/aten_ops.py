@@ -205,5 +205,11 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
             f"cannot copy a {type(args[1]).__name__} into a {type(args[0]).__name__} in place; "
             "load_state_dict(..., assign=True) replaces the weight instead"
         )
+    into, source = args[:2]
+    if into.data_names != source.data_names:
+        raise ValueError(
+            f"cannot copy {source} into {into} in place: only one of them is calibrated, or "
+            "compact; load_state_dict(..., assign=True) replaces the weight instead"
+        )
     copied: Tensor = _copy_same_type(func, types, args, kwargs)
     return copied

@@ -137,21 +137,26 @@ def calibrate_layers(
             made = common_curves(histograms, sizes, _units(found))
             curves |= dict(zip(group, made, strict=True))
     for name, _, weight in layers:
-        if weight in curves:  # of several levels, or stored compactly, not all may reach the bits
-            most = most_bits(weight.levels, curves[weight])
+        if weight in curves or bits is not None:
+            # Of several levels, or stored compactly, not all may reach the bits.
+            most = most_bits(weight.levels, curves.get(weight, weight.curve))
             wanted = weight.bits if bits is None else bits
             check_bits(wanted, weight.levels, f"bits of {name or 'the layer'}", most)
     for weight, curve in curves.items():
         weight.calibrate(curve, bits, kept.get(weight))
+    missed = {weight: name for name, _, weight in layers if weight not in seen}
+    if bits is not None:
+        for weight in missed:
+            weight.set_bits(bits)
     for module in {module for _, module, _ in layers}:
         if isinstance(module, ExpertLinears):
             module.restack([weight for _, holder, weight in layers if holder is module])
-    if missed := [name for name, _, weight in layers if weight not in seen]:
+    if missed:
         logger.warning(
             "%d of %d layers saw no token and keep the formula: %s%s",
             len(missed),
             len(layers),
-            ", ".join(missed[:4]),
+            ", ".join([*missed.values()][:4]),
             ", ..." if len(missed) > 4 else "",
         )
 

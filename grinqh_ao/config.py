@@ -23,7 +23,8 @@ class GrinqhConfig(AOBaseConfig):
     """Quantizes linear layers to nested codes that are read at a level chosen per token.
 
     ``quantize_(model, GrinqhConfig(bits=3))`` needs no calibration data and changes ``model`` in
-    place. Weights shared by several modules stay shared.
+    place. Weights shared by several modules stay shared. Layers that are quantized already stay as
+    they are, but for those not calibrated, where ``calibration`` is given.
 
     Args:
         bits: average number of weight bits to read per token, over the weights of a layer: any
@@ -71,15 +72,22 @@ class GrinqhConfig(AOBaseConfig):
                 )
         if calibration is not None:
             check_batches(calibration, name="calibration")
+        # TorchAO's JSON knows Python's numbers only, and no tuples.
+        self.bits, self.head_bits = python_number(self.bits), python_number(self.head_bits)
+        self.levels = list(self.levels)
         self._calibration = calibration  # TorchAO saves no attribute with an underscore
         self._stored_bits = stored_bits
-        self.levels = list(self.levels)  # TorchAO's JSON knows no tuples
 
     def check(self) -> None:
         """Raises ValueError if a field is out of range."""
         check_bits(self.bits, check_levels(self.levels))
         if self.head_bits is not None:
             check_bits(self.head_bits, ALL_LEVELS, name="head_bits")
+
+
+def python_number(value: Any) -> Any:
+    """A number, be it one of NumPy's, as Python's; None as it is."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def all_but_head(module: nn.Module, fqn: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from grinqh_ao.decode_rule import decode_every_row
 from grinqh_ao.metering import Measurement, measure
 from grinqh_ao.model import quantized_linears
+from grinqh_ao.observing import evaluating
 
 
 @dataclass(frozen=True)
@@ -62,25 +64,34 @@ def reference(
 ) -> Reference:
     """What a model predicts, to compare others with; to be made before it is quantized.
 
+    Like :func:`evaluate` without dropout, in whatever mode the model is.
+
     Args:
         model: a causal language model of transformers.
         input_ids: int64 [B, S].
         cache: a directory to keep the predictions in, 4 * V bytes a token. They are found again for
-            equal ``input_ids`` and an equal model (by its config, and by names, shapes and samples
-            of its parameters).
+            equal ``input_ids`` and an equal model (by its config, by names, shapes and samples of
+            its parameters and buffers, and by which of PEFT's adapters are active).
 
     Raises:
+        TypeError: ``input_ids`` is no tensor.
         ValueError: ``input_ids`` has another shape, or ``model`` is quantized and cannot be cached.
     """
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids is a {type(input_ids).__name__}: expected a tensor [B, S]")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: expected [B, S]")
-    if cache is None:
-        return Reference(input_ids, [_log_probs(model, row) for row in _progress(input_ids)])
+    with evaluating(model):
+        if cache is None:
+            return Reference(input_ids, [_log_probs(model, row) for row in _progress(input_ids)])
+        return Reference(input_ids, _cached(model, input_ids, Path(cache).expanduser()))
+
+
+def _cached(model: nn.Module, input_ids: Tensor, directory: Path) -> Sequence[Tensor]:
     if any(True for _ in quantized_linears(model)):
         raise ValueError("cache: only the predictions of models in full precision are kept")
     from safetensors.torch import save_file
 
-    directory = Path(cache).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"reference-{_fingerprint(model, input_ids)}.safetensors"
     if not file.exists():
@@ -89,7 +100,7 @@ def reference(
         unfinished = file.with_suffix(f".{os.getpid()}")
         save_file(rows, unfinished)
         unfinished.rename(file)
-    return Reference(input_ids, _OnDisk(file, len(input_ids)))
+    return _OnDisk(file, len(input_ids))
 
 
 @torch.no_grad()
@@ -122,6 +133,7 @@ def evaluate(
     divergences, nll, agree = [], 0.0, 0.0
     measurement = None
     with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
         if decode_rule:
             stack.enter_context(decode_every_row(prompt))
             if any(True for _ in quantized_linears(model)):
@@ -163,10 +175,14 @@ def _fingerprint(model: nn.Module, input_ids: Tensor) -> str:
     digest.update(input_ids.cpu().numpy().tobytes())
     config = getattr(model, "config", None)
     digest.update(config.to_json_string().encode() if config is not None else b"")
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 997)]
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 997)]
         digest.update(sample.cpu().float().numpy().tobytes())
+    for module in model.modules():
+        disabled = getattr(module, "disable_adapters", None)
+        if isinstance(disabled, bool):  # a layer of PEFT's; models have a method of that name
+            digest.update(f"{module.active_adapters} {disabled}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -182,7 +198,6 @@ class _OnDisk(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Any:
         from safetensors import safe_open
 
-        if not 0 <= index < self._rows:
-            raise IndexError(index)
+        index = range(self._rows)[index]
         with safe_open(self._file, "pt") as stored:
             return stored.get_tensor(str(index))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_tokens
 from grinqh_ao.linear import autocast
-from grinqh_ao.tails import formula_curve
+from grinqh_ao.tails import as_compact, formula_curve
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 IMPLEMENTATION = "grinqh"
@@ -94,6 +94,10 @@ class ExpertLinears(nn.Module):
             for weight in weights:
                 if weight.curve is None:  # no token was routed there
                     weight.curve = formula_curve().to(weight.device)
+            curves = [cast(Tensor, weight.curve) for weight in weights]
+            longest = max(map(len, curves))
+            for weight, curve in zip(weights, curves, strict=True):
+                weight.curve = as_compact(curve) if len(curve) < longest else curve
         self.weight = nn.Parameter(GrinqhTensor.stack(weights), requires_grad=False)  # type: ignore[assignment]
 
     def extra_repr(self) -> str:
@@ -103,8 +107,8 @@ class ExpertLinears(nn.Module):
         )
 
 
-def expert_parameters(module: nn.Module) -> list[str]:
-    """Names of the 3-D parameters of ``module`` that can become ExpertLinears.
+def projections_of_experts(module: nn.Module) -> list[str]:
+    """Names of the 3-D parameters of ``module`` that can become ExpertLinears, or that did.
 
     Empty unless ``module`` calls its experts through transformers' interface.
     """
@@ -113,9 +117,19 @@ def expert_parameters(module: nn.Module) -> list[str]:
         return []
     if getattr(module, "_is_expert_parallel", False):  # its experts are elsewhere
         return []
-    held = module._parameters
-    found = [name for name in PROJECTIONS if (p := held.get(name)) is not None and p.dim() == 3]
+    held, quantized = module._parameters, module._modules
+    found = [
+        name
+        for name in PROJECTIONS
+        if ((p := held.get(name)) is not None and p.dim() == 3)
+        or isinstance(quantized.get(name), ExpertLinears)
+    ]
     return found if len(found) == 2 else []
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Those of :func:`projections_of_experts` that are parameters still."""
+    return [name for name in projections_of_experts(module) if name in module._parameters]
 
 
 def expert_biases(module: nn.Module) -> list[Tensor]:

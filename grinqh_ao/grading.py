@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -207,7 +208,8 @@ def check_bits(
             together with some in compact storage.
     """
     most = levels[-1] if most is None else most
-    number = isinstance(bits, int | float) and not isinstance(bits, bool) and math.isfinite(bits)
+    # Of NumPy's numbers too.
+    number = isinstance(bits, numbers.Real) and not isinstance(bits, bool) and math.isfinite(bits)
     if not number or not levels[0] <= bits <= most or bits <= 0:
         least = "above 0" if levels[0] == 0 else f"at least {levels[0]}"
         stored = "" if most == levels[-1] else ", with layers stored compactly,"

@@ -11,6 +11,7 @@ from torch import Tensor
 from grinqh_ao import decode_rule, ops
 from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
 from grinqh_ao.ops.dense_products import dense_product, product_dtype
+from grinqh_ao.ops.oracle import narrowed
 from grinqh_ao.slices import split, unpack_rows
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -131,7 +132,7 @@ def embedding(indices: Tensor, weight: GrinqhTensor) -> Tensor:
     groups = weight.scales[rows // weight.tile, :, rows % weight.tile // SCALE_GROUP]
     values = lookup(level_values(weight.gains, weight.levels[-1]), codes)
     found = values * decode_scales(groups) * row_scale[:, None]
-    return found.to(weight.dtype).view(*indices.shape, -1)
+    return narrowed(found, weight.dtype).view(*indices.shape, -1)
 
 
 def autocast(x: Tensor) -> Tensor:

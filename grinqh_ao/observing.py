@@ -113,7 +113,7 @@ def observe(
     modes = _backward_pass(model) if gradients else torch.no_grad()
     try:
         # Hooks must run: no compiled graph.
-        with eagerly(), _evaluating(model), modes:
+        with eagerly(), evaluating(model), modes:
             for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None):
                 check_batch(batch)
                 inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
@@ -267,7 +267,7 @@ def _backward_pass(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout; afterwards every module is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

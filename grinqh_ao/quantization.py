@@ -8,10 +8,10 @@ work when the first module arrives. For the modules that follow nothing is left 
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
-import weakref
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from tqdm import tqdm
 from grinqh_ao.calibration import calibrate_layers
 from grinqh_ao.codec import check_values
 from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
-from grinqh_ao.experts import ExpertLinears, expert_parameters, put_experts, untransposed
+from grinqh_ao.experts import projections_of_experts, put_experts, untransposed
 from grinqh_ao.layers import adopt
 from grinqh_ao.memory import give_back
-from grinqh_ao.model import Summary, by_type, quantized_linears, summary
+from grinqh_ao.model import by_type, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
 from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
 from grinqh_ao.torchao_tensor import SUPPORTED_DTYPES, GrinqhTensor
@@ -33,9 +33,6 @@ logger = logging.getLogger("grinqh_ao")
 # A weight that is also an embedding's needs a highest level of at least this many bits.
 _LOWEST_EMBEDDING_LEVEL = 6
 
-# Layers left dense, with the call that decided so: TorchAO will still hand them over, once.
-_left_dense: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-
 
 def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None:
     """Called by ``quantize_`` for every module it selects.
@@ -44,28 +41,23 @@ def handle(module: nn.Module, config: GrinqhConfig, parameter_name: str) -> None
         TypeError: the filter selected something that is no linear layer.
         ValueError: a weight is not finite or has no data; nothing has been changed.
     """
-    if isinstance(getattr(module, parameter_name, None), GrinqhTensor | ExpertLinears):
-        return
     call = enclosing_call(config) or QuantizeCall(module, config, None)
     is_linear = parameter_name == "weight" and isinstance(module, nn.Linear)
-    if call.by_name and not is_linear and parameter_name not in expert_parameters(module):
+    if call.by_name and not is_linear and parameter_name not in projections_of_experts(module):
         _say_what_cannot_be_served(call, module, parameter_name)
         return
-    if _left_dense.pop(module, None) == call.key:
-        return
-    if not any(layer.module is module for layer in call.layers):
+    if module not in call.modules:
         # Called by hand, or by a filter that changed its mind since TorchAO asked it.
-        call.layers.append(Layer("", module, config))
-    try:
-        _quantize(call)
-    except BaseException:
-        _left_dense.clear()  # TorchAO's walk ends here: it will not come for them
-        raise
-    _left_dense.pop(module, None)
+        call.add(module, config)
+    elif call.done:
+        return
+    call.done = True
+    _quantize(call)
 
 
 def _quantize(call: QuantizeCall) -> None:
     owners = owners_of_parameters(call.model)
+    before = [layer for layer in call.layers if isinstance(layer.weight, GrinqhTensor)]
     todo = plan(call, owners)
     for layer in todo:
         try:
@@ -73,18 +65,16 @@ def _quantize(call: QuantizeCall) -> None:
         except ValueError as error:
             raise ValueError(f"{layer}: {error}; nothing was quantized") from None
     # Up to here nothing has been changed.
-    with tqdm(todo.items(), desc="quantizing", unit="layer", disable=None) as progress:
-        for done, (layer, is_head) in enumerate(progress):
-            try:
-                _quantize_layer(layer, is_head, owners, call.device)
-            except BaseException as error:
-                error.add_note(
-                    f"while quantizing {layer}; {done} of {len(todo)} layers are quantized and "
-                    "the others unchanged: call quantize_ again to go on"
-                )
-                raise
-    give_back()
-    _calibrate(call.model, todo)
+    try:
+        _quantize_layers(todo, owners, call.device)
+    finally:
+        give_back()
+        if any(isinstance(layer.weight, GrinqhTensor) for layer in todo):
+            _tell_transformers(call.model)
+    # A call that goes on where another was interrupted also calibrates what that one quantized.
+    uncalibrated = [layer for layer in before if cast(GrinqhTensor, layer.weight).curve is None]
+    wanted = [layer for layer in [*todo, *uncalibrated] if layer.config._calibration is not None]
+    _calibrate(call.model, wanted)
     if todo:
         after = summary(call.model)
         for line in by_type(after.dense, but=("Linear", "Embedding")):
@@ -94,42 +84,58 @@ def _quantize(call: QuantizeCall) -> None:
                 line,
             )
         logger.info("%s", after)
-        _tell_transformers(call.model, after)
+    elif before and not wanted:
+        logger.warning(
+            "quantize_ changed nothing: %d layers it selected are quantized already, and their "
+            "bits and calibration stay as they are; set_bits(model, ...) and calibrate(model, ...) "
+            "change them",
+            len(before),
+        )
 
 
-def _tell_transformers(model: nn.Module, after: Summary) -> None:
+def _quantize_layers(todo: dict[Layer, bool], owners: Owners, device: Any) -> None:
+    with tqdm(todo.items(), desc="quantizing", unit="layer", disable=None) as progress:
+        for done, (layer, is_head) in enumerate(progress):
+            try:
+                _quantize_layer(layer, is_head, owners, device)
+            except BaseException as error:
+                error.add_note(
+                    f"while quantizing {layer}; {done} of {len(todo)} layers are quantized and "
+                    "the others unchanged: call quantize_ again to go on"
+                )
+                raise
+
+
+def _tell_transformers(model: nn.Module) -> None:
     """So that ``save_pretrained`` works."""
     huggingface: Any = sys.modules.get("grinqh_ao.huggingface")  # absent without transformers
     if huggingface is None or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
         return
-    if after.otherwise:
-        logger.warning("save_pretrained will not work: some weights are quantized otherwise")
-        return
-    huggingface.attach(model)
+    try:
+        huggingface.attach(model)
+    except ValueError as error:
+        logger.warning("save_pretrained will not work: %s", error)
 
 
-def _calibrate(model: nn.Module, layers: Collection[Layer]) -> None:
+def _calibrate(model: nn.Module, layers: Iterable[Layer]) -> None:
     """With the data of the layers' configs, each of which most layers will share."""
     alike: dict[tuple[int, float | None], list[Layer]] = {}
     for layer in layers:
-        if layer.config._calibration is not None:
-            key = id(layer.config._calibration), layer.config._stored_bits
-            alike.setdefault(key, []).append(layer)
+        key = id(layer.config._calibration), layer.config._stored_bits
+        alike.setdefault(key, []).append(layer)
     batches: dict[int, list[Any]] = {}  # several groups may share what can be read but once
     for (shared, stored_bits), group in alike.items():
-        names = {layer.name for layer in group}
-        found = [
-            entry
-            for entry in quantized_linears(model)
-            if (entry[0].rpartition(".")[0] if isinstance(entry[1], ExpertLinears) else entry[0])
-            in names
-        ]
+        holders = {layer.linear for layer in group}
+        found = [entry for entry in quantized_linears(model) if entry[1] in holders]
         try:
             data = batches.setdefault(shared, []) or list(group[0].config._calibration)
             batches[shared] = data
             calibrate_layers(model, found, data, stored_bits=stored_bits)
         except BaseException as error:
-            error.add_note(f"{len(names)} layers are quantized, but not calibrated")
+            error.add_note(
+                f"{len(group)} layers are quantized, but not calibrated: call quantize_ again, or "
+                "calibrate(model, ...)"
+            )
             raise
 
 
@@ -165,11 +171,13 @@ def plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
     for layer in held_elsewhere(todo, owners):
         del todo[layer]
         reasons[layer] = (
-            "it shares its weight with a module outside of what is being quantized; "
+            "after gc.freeze() it cannot be known whether other modules share its weight, to which "
+            "more refers than the model; call quantize_ before"
+            if gc.get_freeze_count()
+            else "it shares its weight with a module outside of what is being quantized; "
             "give quantize_ the whole model"
         )
     for layer, reason in reasons.items():
-        _left_dense[layer.module] = call.key
         logger.warning("%s is left dense: %s", layer, reason)
     return todo
 

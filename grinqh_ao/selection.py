@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quantize_
 
 from grinqh_ao.config import GrinqhConfig
-from grinqh_ao.experts import expert_parameters, untransposed
+from grinqh_ao.experts import ExpertLinears, projections_of_experts, untransposed
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +37,22 @@ class Layer:
 
     @property
     def weight(self) -> Tensor | None:
-        found = self.module._parameters.get(self.parameter)
-        # PEFT, when it merges adapters, leaves a plain tensor to be quantized again.
+        held = self.module._parameters
+        if self.parameter in held:
+            return held[self.parameter]
+        if isinstance(experts := self.module._modules.get(self.parameter), ExpertLinears):
+            return experts.weight
+        # PEFT, when it merges adapters, leaves a plain tensor to be quantized again. Pruning and
+        # hooks that normalize leave one too, which they compute from weight_orig or its like.
+        computed = any(name.startswith(f"{self.parameter}_") for name in held)
         plain = vars(self.module).get(self.parameter)
-        return plain if found is None and isinstance(plain, Tensor) else found
+        return plain if isinstance(plain, Tensor) and not computed else None
+
+    @property
+    def linear(self) -> nn.Module:
+        """The module that computes with the weight, once that is quantized."""
+        held = getattr(self.module, self.parameter)
+        return held if isinstance(held, ExpertLinears) else self.module
 
     @property
     def holds_experts(self) -> bool:
@@ -57,14 +69,14 @@ class QuantizeCall:
     """A ``quantize_`` call, by its arguments.
 
     Attributes:
-        key: tells one call from another while both are under way.
+        done: whether all that it selects has been dealt with.
     """
 
     model: nn.Module
     config: AOBaseConfig
     filter_fn: Callable[[nn.Module, str], bool] | None
     device: torch.device | str | None = None
-    key: int = 0
+    done: bool = False
 
     @functools.cached_property
     def layers(self) -> list[Layer]:
@@ -74,6 +86,16 @@ class QuantizeCall:
         if isinstance(self.config, GrinqhConfig) and self.filter_fn:
             return list(_by_filter(self.model, self.config, self.filter_fn))
         return []
+
+    @functools.cached_property
+    def modules(self) -> set[nn.Module]:
+        """Those of the layers."""
+        return {layer.module for layer in self.layers}
+
+    def add(self, module: nn.Module, config: GrinqhConfig) -> None:
+        """Also selects ``module``, of which no name is known."""
+        self.layers.append(Layer("", module, config))
+        self.modules.add(module)
 
     @property
     def by_name(self) -> bool:
@@ -86,7 +108,10 @@ class QuantizeCall:
 
 
 def enclosing_call(config: GrinqhConfig) -> QuantizeCall | None:
-    """The innermost ``quantize_`` call on the stack, if ``config`` is what it was given."""
+    """The innermost ``quantize_`` call on the stack, if ``config`` is what it was given.
+
+    The same object for all that one call hands over.
+    """
     code = inspect.unwrap(quantize_).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
@@ -99,7 +124,10 @@ def enclosing_call(config: GrinqhConfig) -> QuantizeCall | None:
     named = given.fqn_to_config.values() if isinstance(given, FqnToConfig) else ()
     if given is not config and all(value is not config for value in named):
         return None  # another config's handler is calling ours
-    return QuantizeCall(found["model"], given, found["filter_fn"], found["device"], id(frame))
+    call = QuantizeCall(found["model"], given, found["filter_fn"], found["device"])
+    # What is put beside a frame's own variables lasts as long as the call.
+    kept: QuantizeCall = found.setdefault("__grinqh_ao__", call)
+    return kept
 
 
 def _by_filter(
@@ -131,13 +159,15 @@ def _by_name(model: nn.Module, config: FqnToConfig) -> Iterator[Layer]:
 
 
 def _experts(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Linear]]:
-    """Of parameters with experts: their names, and a linear layer like one of them.
+    """Of experts' projections, quantized or not: their names, and a linear layer like one of them.
 
     Filters and patterns are written for linear layers: that one is what they are asked about.
     """
-    for parameter in expert_parameters(module):
-        held = cast(Tensor, module._parameters[parameter])
-        _, out_features, in_features = untransposed(module, held).shape
+    for parameter in projections_of_experts(module):
+        held: Any = getattr(module, parameter)
+        quantized = isinstance(held, ExpertLinears)
+        shape = held.weight.shape if quantized else untransposed(module, held).shape
+        _, out_features, in_features = shape
         linear = nn.Linear(in_features, out_features, bias=False, device="meta")
         yield parameter, f"{name}.{parameter}" if name else parameter, linear
 

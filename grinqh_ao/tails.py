@@ -80,6 +80,11 @@ def formula_curve() -> Tensor:
     return torch.tensor([0.0, 1.0, *points], dtype=torch.float32)
 
 
+def as_compact(curve: Tensor) -> Tensor:
+    """A curve [2 + POINTS] as [2 + 2 * POINTS]: all channels have low slices."""
+    return torch.cat([curve, curve[2:]])
+
+
 class Histogram:
     """Counts of u in one layer, in the bins between a curve's points.
 

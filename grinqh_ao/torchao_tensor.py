@@ -224,6 +224,10 @@ class GrinqhTensor(TorchAOBaseTensor):
             ValueError: ``bits`` is not an average that the levels can reach.
         """
         self.check_bits(bits)
+        if self.dim() == 3:
+            for weight in self.unbind():  # on the same memory
+                weight.set_bits(bits)
+            return
         thresholds = thresholds_for(max(bits, self.min_bits), self.levels, self.curve)
         # In inference mode even thresholds that were made there may be written to.
         with torch.inference_mode():
@@ -231,6 +235,10 @@ class GrinqhTensor(TorchAOBaseTensor):
 
     def check_bits(self, bits: float, name: str = "bits") -> None:
         """Raises ValueError unless ``bits`` is an average that this weight can be read at."""
+        if self.dim() == 3:
+            for expert, weight in enumerate(self.unbind()):
+                weight.check_bits(bits, f"{name} of expert {expert}")
+            return
         check_bits(bits, self.levels, name, most_bits(self.levels, self.curve))
 
     def calibrate(
@@ -248,8 +256,13 @@ class GrinqhTensor(TorchAOBaseTensor):
         Raises:
             ValueError: ``curve`` is no curve for this storage, ``bits`` out of range, or the tensor
                 cannot be stored compactly: its levels are without 4 or 8, or it is already; or it
-                has some inputs only of a larger weight.
+                has some inputs only of a larger weight; or it is a stack.
         """
+        if self.dim() == 3:
+            raise ValueError(
+                f"a stack of {self.shape[0]} experts' weights: grinqh_ao.calibrate(model, ...) "
+                "calibrates each by what it sees"
+            )
         if self.sharing is not None:
             raise ValueError("a part of a weight cannot be calibrated: calibrate the whole first")
         if kept is not None and not self.can_be_compact:
@@ -372,8 +385,12 @@ class GrinqhTensor(TorchAOBaseTensor):
         return cls(**data, **weights[0]._attributes)
 
     def _quantization_type(self) -> str:  # what TorchAO asks for
+        calibrated = "" if self.curve is None else ", calibrated"
         compact = "" if self.low is None else ", compact"
-        return f"levels={self.levels}, min_bits={self.min_bits:g}, tile={self.tile}{compact}"
+        return (
+            f"levels={self.levels}, min_bits={self.min_bits:g}, tile={self.tile}"
+            f"{calibrated}{compact}"
+        )
 
     def _stable_hash_for_caching(self) -> str:
         # Everything a compiled graph depends on. Names and shapes of the inner tensors too: compact

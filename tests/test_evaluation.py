@@ -92,7 +92,33 @@ def test_cached_references(family, ids, tmp_path):
         reference(model, ids, cache=cache)
 
 
+def test_references_of_adapters_and_buffers_are_kept_apart(ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny_model("llama", tied=False),
+        peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    adapted = reference(model, ids, cache=tmp_path)
+    with model.disable_adapter():
+        plain, expected = reference(model, ids, cache=tmp_path), reference(model, ids)
+    assert torch.equal(plain.log_probs[0], expected.log_probs[0])
+    assert not torch.equal(plain.log_probs[0], adapted.log_probs[0])
+    model.base_model.model.model.rotary_emb.inv_freq.mul_(2)
+    assert not torch.equal(reference(model, ids, cache=tmp_path).log_probs[0], adapted.log_probs[0])
+    assert torch.equal(adapted.log_probs[-1], adapted.log_probs[2])
+    with pytest.raises(IndexError):
+        adapted.log_probs[3]
+
+
+def test_dropout_is_off(ids):
+    model = tiny_model("phi", tied=False, resid_pdrop=0.3).train()
+    assert evaluate(model, reference(model, ids), prompt=4).kl == pytest.approx(0, abs=1e-6)
+    assert model.training
+
+
 def test_bad_ids():
+    with pytest.raises(TypeError, match="input_ids is a list: expected a tensor"):
+        reference(tiny_model("llama", tied=False), [torch.zeros(1, 20, dtype=torch.int64)])
     with pytest.raises(ValueError, match=r"input_ids of shape \(20,\)"):
         reference(tiny_model("llama", tied=False), torch.zeros(20, dtype=torch.int64))
 

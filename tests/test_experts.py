@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
+import grinqh_ao
 import plain
 from grinqh_ao import (
     GrinqhConfig,
@@ -242,6 +243,64 @@ def test_calibration_of_experts_no_token_went_to(family, log):
     assert [one.bits for one in stack][-1] == pytest.approx(3, abs=1e-3)
     set_bits(model, 2.0)
     assert [one.bits for one in stack][-1] == pytest.approx(2, abs=1e-2)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_experts_without_a_token_beside_compact_layers(family, before, log, tmp_path):
+    """Curves of compact layers are longer; a stack has those of one length."""
+    model = tiny_model(family, tied=False)
+    quantize_(model, GrinqhConfig(bits=3))
+    if before:
+        calibrate(model, torch.randint(0, 320, (4, 128)))
+    calibrate(model, torch.randint(0, 320, (1, 18)), bits=2.8, stored_bits=4.4)
+    assert "saw no token" in log.text
+    assert summary(model).bits == pytest.approx(2.8, abs=1e-2)
+    stack = model.model.layers[0].mlp.experts.down_proj.weight
+    assert stack.curve.shape == (EXPERTS[family], 772)
+    set_bits(model, 2.2)
+    for one in stack:
+        assert one.bits == pytest.approx(2.2, abs=1e-2)
+    grinqh_ao.save(model, tmp_path)
+    ids = torch.randint(0, 320, (1, 5))
+    assert torch.equal(grinqh_ao.load(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_bits_of_a_stack(family):
+    model = tiny_model(family, tied=False)
+    quantize_(model, GrinqhConfig(bits=3))
+    calibrate(model, torch.randint(0, 320, (4, 128)))
+    stack = model.model.layers[0].mlp.experts.down_proj.weight
+    stack.set_bits(4)
+    assert stack.bits == pytest.approx(4, abs=1e-3)
+    assert [one.bits for one in stack] == pytest.approx([4] * EXPERTS[family], abs=1e-3)
+    with pytest.raises(ValueError, match=r"bits of expert 0=9: expected a number above 0"):
+        stack.set_bits(9)
+    with pytest.raises(ValueError, match="calibrates each by what it sees"):
+        stack.calibrate(stack.curve[0])
+
+
+def test_going_on_after_an_interruption(family, monkeypatch):
+    """Between the projections of one layer's experts, which are calibrated all the same."""
+    model, made = tiny_model(family, tied=False), []
+
+    def stack(weights):
+        made.append(weights)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return original(weights)
+
+    original = GrinqhTensor.stack
+    config = GrinqhConfig(bits=3, calibration=[torch.randint(0, 320, (4, 128))])
+    with monkeypatch.context() as patch:
+        patch.setattr(GrinqhTensor, "stack", stack)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_(model, config)
+    held = model.model.layers[0].mlp.experts
+    assert isinstance(held.gate_up_proj, ExpertLinears)
+    assert isinstance(held.down_proj, nn.Parameter)
+    quantize_(model, config)
+    assert isinstance(held.down_proj, ExpertLinears)
+    assert all(weight.curve is not None for _, _, weight in quantized_modules(model))
 
 
 def test_filters_are_asked_about_a_linear_layer(family):

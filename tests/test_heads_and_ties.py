@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
@@ -138,6 +139,16 @@ def test_tied_layers_are_quantized_alike_or_not_at_all(log, arguments):
     assert "a is left dense" in log.text
 
 
+def test_an_embedding_reads_what_dequantize_gives():
+    """The largest values of float16 too, which scales round up."""
+    dense = torch.randn(96, 40, dtype=torch.float16)
+    dense[7] = torch.finfo(torch.float16).max
+    weight = GrinqhTensor.from_hp(dense)
+    expected = weight.dequantize()
+    assert expected.isfinite().all()
+    assert torch.equal(F.embedding(torch.arange(96), weight), expected)
+
+
 def test_what_the_collector_cannot_see_is_left_alone(log):
     model = tiny_model("llama", tied=True)
     before = snapshot(model)
@@ -147,6 +158,8 @@ def test_what_the_collector_cannot_see_is_left_alone(log):
     finally:
         gc.unfreeze()
     assert_unchanged(model, before)
+    assert "lm_head" not in log.text  # the layer is the model here
+    assert "is left dense: after gc.freeze() it cannot be known" in log.text
 
 
 def test_a_state_dict_round_trip_of_a_tied_model(tmp_path):

@@ -6,9 +6,11 @@ import logging
 import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 from torchao.core.config import config_to_dict
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
@@ -17,6 +19,11 @@ import grinqh_ao
 from grinqh_ao import GrinqhConfig, GrinqhTensor, measure, set_bits, summary
 from grinqh_ao.model import quantized_linears
 from models import assert_unchanged, layers_of, snapshot, tiny_model, two_layers
+
+
+def quantized(model: nn.Module) -> dict[str, GrinqhTensor]:
+    return {name: weight for name, _, weight in quantized_linears(model)}
+
 
 # ---- what is quantized
 
@@ -28,12 +35,92 @@ def test_a_bare_linear_is_a_model_too():
     assert "grinqh: levels=(0, 2, 4, 6, 8)" in repr(linear)
 
 
-def test_again_changes_nothing(family):
+def test_again_changes_nothing_and_says_so(family, log):
     model = tiny_model(family, tied=True)
     quantize_(model, GrinqhConfig(bits=3))
-    before = snapshot(model)
+    before, codes = snapshot(model), {n: p.bits for n, p in quantized(model).items()}
+    log.clear()
     quantize_(model, GrinqhConfig(bits=5))
     assert_unchanged(model, before)
+    assert {n: p.bits for n, p in quantized(model).items()} == codes
+    (line,) = log.messages
+    assert line.startswith("quantize_ changed nothing: 15 layers it selected are quantized already")
+
+
+def test_what_is_quantized_is_calibrated_when_asked_for(log):
+    model = tiny_model("llama", tied=False)
+    quantize_(model, GrinqhConfig(bits=3), filter_fn=lambda _, name: name.endswith("q_proj"))
+    log.clear()
+    quantize_(model, GrinqhConfig(bits=4, calibration=[torch.randint(0, 320, (4, 64))]))
+    curves = {name: weight.curve for name, weight in quantized(model).items()}
+    assert len(curves) == 15
+    assert all(curve is not None for curve in curves.values())
+    assert model.model.layers[0].self_attn.q_proj.weight.bits == pytest.approx(3, abs=1e-3)
+    assert "changed nothing" not in log.text
+    quantize_(model, GrinqhConfig(bits=4, calibration=[torch.randint(0, 320, (4, 64))]))
+    assert all(weight.curve is curves[name] for name, weight in quantized(model).items())
+    assert "changed nothing" in log.text
+
+
+def test_going_on_where_calibration_failed(tmp_path):
+    model = tiny_model("llama", tied=False)
+    few, enough = torch.randint(0, 320, (1, 10)), torch.randint(0, 320, (4, 64))
+    with pytest.raises(ValueError, match="nothing to count") as caught:
+        quantize_(model, GrinqhConfig(bits=3, calibration=[few]))
+    assert "15 layers are quantized, but not calibrated" in caught.value.__notes__[0]
+    model.save_pretrained(tmp_path)
+    quantize_(model, GrinqhConfig(bits=3, calibration=[enough]))
+    assert all(weight.curve is not None for weight in quantized(model).values())
+
+
+def test_going_on_where_quantizing_was_interrupted(monkeypatch, tmp_path):
+    model, made = tiny_model("llama", tied=False), []
+
+    def from_hp(weight, *arguments):
+        made.append(weight)
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        return original(weight, *arguments)
+
+    original = GrinqhTensor.from_hp
+    config = GrinqhConfig(bits=3, calibration=[torch.randint(0, 320, (4, 64))])
+    with monkeypatch.context() as patch:
+        patch.setattr(GrinqhTensor, "from_hp", from_hp)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_(model, config)
+    assert len(quantized(model)) == 5
+    model.save_pretrained(tmp_path)
+    quantize_(model, config)
+    assert len(quantized(model)) == 15
+    assert all(weight.curve is not None for weight in quantized(model).values())
+
+
+def test_a_layer_under_two_parents_is_calibrated():
+    class Block(nn.Module):
+        def __init__(self, shared: nn.Linear) -> None:
+            super().__init__()
+            self.own, self.shared = nn.Linear(64, 64), shared
+
+        def forward(self, x):
+            return x + self.shared(self.own(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, shared = nn.Embedding(320, 64), nn.Linear(64, 64)
+            self.blocks = nn.ModuleList([Block(shared), Block(shared)])
+            self.head = nn.Linear(64, 320)
+
+        def forward(self, input_ids, **_):
+            x = self.embedding(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    model = Model()
+    quantize_(model, GrinqhConfig(bits=3, calibration=[torch.randint(0, 320, (4, 64))]))
+    assert set(quantized(model)) == {"blocks.0.own", "blocks.0.shared", "blocks.1.own", "head"}
+    assert all(weight.curve is not None for weight in quantized(model).values())
 
 
 def test_device_argument(monkeypatch):
@@ -112,9 +199,14 @@ def test_what_cannot_be_quantized_is_left_dense(log):
     model.shared = nn.Linear(8, 16)
     model.projector = Projector(model.shared.weight)
     model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
+    model.hooked = nn.utils.spectral_norm(nn.Linear(8, 16))
+    model.pruned = nn.Linear(8, 16)
+    nn.utils.prune.l1_unstructured(model.pruned, "weight", 0.3)
     before = snapshot(model)
     quantize_(model, GrinqhConfig(bits=3))
     assert layers_of(model) == {"good"}
+    for layer in (model.hooked, model.pruned):
+        layer(torch.randn(1, 8))
     del before["good.weight"]
     assert all(snapshot(model)[name] is p for name, p in before.items())
     for name, reason in {
@@ -124,6 +216,8 @@ def test_what_cannot_be_quantized_is_left_dense(log):
         "int8": "is a Int8Tensor already",
         "shared": "shares its weight with projector, a Projector",
         "normed": "not a plain parameter",
+        "hooked": "not a plain parameter",
+        "pruned": "not a plain parameter",
     }.items():
         lines = [r for r in log.messages if r.startswith(f"{name} is left dense")]
         assert len(lines) == 1
@@ -227,6 +321,16 @@ def test_torchao_can_write_a_config_as_json():
     as_json = json.loads(json.dumps(config_to_dict(config)))
     assert as_json["_data"] == {"bits": 2.5, "levels": [0, 2, 4, 8], "head_bits": None}
     assert GrinqhConfig(**as_json["_data"]) == config
+
+
+def test_numbers_of_numpy():
+    config = GrinqhConfig(bits=np.float32(2.5), head_bits=np.int64(7))
+    assert json.loads(json.dumps(config_to_dict(config)))["_data"]["head_bits"] == 7
+    model = two_layers()
+    quantize_(model, config)
+    for bits in np.arange(2, 5):
+        set_bits(model, bits)
+        assert summary(model).bits == pytest.approx(bits)
 
 
 def test_config_is_checked_again_when_it_is_used():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import weakref
@@ -17,6 +18,7 @@ from torchao.testing import utils as torchao_tests
 from torchao.utils import TorchAOBaseTensor
 
 from grinqh_ao import GrinqhTensor, decode_every_row, ops
+from grinqh_ao.tails import formula_curve
 
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="TorchAO's test calls .cuda() unconditionally"
@@ -263,6 +265,18 @@ def test_loading_across_types_names_the_remedy(weight):
     for target, source in ((dense, quantized), (quantized, dense)):
         with pytest.raises(RuntimeError, match="assign=True"):
             target.load_state_dict(source.state_dict())
+
+
+def test_loading_across_calibrations_names_the_remedy(weight):
+    calibrated = GrinqhTensor.from_hp(weight.dequantize())
+    calibrated.calibrate(formula_curve())
+    assert ", calibrated" in repr(calibrated)
+    for target, source in itertools.permutations(map(linear_with, (weight, calibrated))):
+        before = target.weight.dequantize()
+        with pytest.raises(RuntimeError, match=r"only one of them is calibrated.*assign=True"):
+            target.load_state_dict(source.state_dict())
+        assert torch.equal(target.weight.dequantize(), before)
+    target.load_state_dict(source.state_dict(), assign=True)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9])

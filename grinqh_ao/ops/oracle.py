@@ -188,7 +188,12 @@ def dequantize(
             dense = lookup(table, codes)  # [tiles, tile, K']
             dense.unflatten(1, (-1, SCALE_GROUP)).mul_(scale[:, :, None])
             dense = dense.flatten(0, 1)[: rows.stop - rows.start].mul_(row_scale[rows, None])
-            if dtype == torch.float16:  # rounding up must not turn its largest into infinity
-                dense = dense.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
-            weight[rows][:, channels] = dense.to(dtype)
+            weight[rows][:, channels] = narrowed(dense, dtype)
     return weight
+
+
+def narrowed(dense: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of a weight, in float32 or more, in ``dtype``; changes ``dense``."""
+    if dtype == torch.float16:  # rounding up must not turn its largest into infinity
+        dense.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return dense.to(dtype)
