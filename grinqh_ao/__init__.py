@@ -6,7 +6,7 @@
 >>> set_bits(model, 2.5)
 """
 
-from grinqh_ao import aten_ops, gathering  # noqa: F401
+from grinqh_ao import aten_ops, checkpoint, gathering  # noqa: F401
 from grinqh_ao.calibration import calibrate, token_batches
 from grinqh_ao.config import GrinqhConfig, all_but_head
 from grinqh_ao.decode_rule import decode_every_row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from grinqh_ao.linear import embedding, linear
 from grinqh_ao.parts import part
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
+logger = logging.getLogger("grinqh_ao")
 aten = torch.ops.aten
 
 Op = Callable[..., Any]
@@ -169,6 +171,33 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
 @GrinqhTensor.implements_torch_function(torch.Tensor.is_shared)
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> bool:
     return all(getattr(args[0], name).is_shared() for name in args[0].data_names)
+
+
+@GrinqhTensor.implements_torch_function(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> None:
+    weight, other = args
+    if not isinstance(other, GrinqhTensor):
+        raise TypeError(
+            f"cannot make a {type(other).__name__} the data of a GrinqhTensor; assign a parameter "
+            "to the module instead"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        func(weight, other)  # what the tensor presents itself as, but not what it holds
+    held = ("slices", "scales", "vectors", "curve", "low", "levels", "min_bits", "sharing")
+    for name in (*held, "_attributes"):
+        setattr(weight, name, getattr(other, name))
+
+
+@GrinqhTensor.implements_torch_function(
+    [torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__]  # type: ignore[attr-defined]
+)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    weight, wanted = args[0], [*args[1:], *kwargs.values(), True][0]
+    if wanted:
+        logger.warning("requires_grad=True has no effect on a GrinqhTensor: codes are not trained")
+    with torch._C.DisableTorchFunctionSubclass():
+        result: Tensor | None = func(weight, False)
+    return result
 
 
 @GrinqhTensor.implements(aten.is_pinned.default)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.errors import CheckpointError
@@ -18,7 +18,7 @@ from grinqh_ao.grading import check_levels
 from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, HIGH_SLICES, TILE_WIDTHS
 from grinqh_ao.tails import check_curve
 from grinqh_ao.torchao_tensor import GrinqhTensor
-from grinqh_ao.vectors import join
+from grinqh_ao.vectors import join, outputs_of
 
 FORMAT_VERSION = 1
 
@@ -111,6 +111,49 @@ def from_tensors(
         min_bits=attributes.min_bits,
         dtype=dtype,
     )
+
+
+def rebuild(
+    data: Mapping[str, Tensor], attributes: Mapping[str, Any], is_parameter: bool
+) -> GrinqhTensor:
+    """A weight from a pickle.
+
+    ``torch.load(weights_only=True)``, for files that nobody trusts, may call this, and never
+    GrinqhTensor itself.
+
+    Raises:
+        CheckpointError: see :func:`check`.
+    """
+    where = "pickled weight"
+    required = set(GrinqhTensor.tensor_data_names)
+    if not required <= set(data) <= required | set(GrinqhTensor.optional_tensor_data_names):
+        raise CheckpointError(f"{where}: has {sorted(data)}, expected {sorted(required)}")
+    for name, tensor in data.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        if not (plain and tensor.is_contiguous() and tensor.device == data["slices"].device):
+            raise CheckpointError(f"{where}: {name}: expected a contiguous tensor, beside slices")
+    scales, vectors = data["scales"], data["vectors"]
+    dimensions = vectors.dim() + 2
+    if vectors.dtype != torch.float32 or scales.dim() != dimensions or dimensions not in (3, 4):
+        raise CheckpointError(
+            f"{where}: vectors: has shape {tuple(vectors.shape)} and dtype {vectors.dtype}, "
+            "expected float32 [L] or [E, L], and two dimensions more of scales"
+        )
+    if outputs_of(vectors, scales.shape[-2]) < 1:
+        raise CheckpointError(f"{where}: vectors: has shape {tuple(vectors.shape)}, too short")
+    expected = {"levels", "min_bits", "dtype", "sharing"}
+    if set(attributes) != expected or not isinstance(attributes["dtype"], torch.dtype):
+        raise CheckpointError(f"{where}: has attributes {attributes}, expected {expected}")
+    found = Attributes.checked(attributes["levels"], attributes["min_bits"], where)
+    weight = GrinqhTensor(**{**data, **attributes, **vars(found)})
+    if not weight.is_meta:
+        check(to_tensors(weight), weight.shape, found, where)
+    if is_parameter:
+        weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[assignment]
+    return weight
+
+
+torch.serialization.add_safe_globals([rebuild])
 
 
 def check(

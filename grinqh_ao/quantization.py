@@ -158,8 +158,11 @@ def plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
             )
     todo, reasons = {}, {}
     selected = {layer.module: layer for layer in call.layers}
+    adapters = _modules_of_adapters(call.model)
+    if found := adapters & call.modules:
+        logger.info("%d layers of adapters are left dense, to be trained", len(found))
     for layer in call.layers:
-        if isinstance(layer.weight, GrinqhTensor):
+        if isinstance(layer.weight, GrinqhTensor) or layer.module in adapters:
             continue
         is_head = _is_head(call.model, layer, owners)
         if reason := _why_dense(layer, selected, owners):
@@ -238,6 +241,17 @@ def _why_dense(layer: Layer, selected: dict[nn.Module, Layer], owners: Owners) -
         elif owner not in selected or selected[owner].config != layer.config:
             return f"it shares its weight with {name}, which is not to be quantized alike"
     return ""
+
+
+def _modules_of_adapters(model: nn.Module) -> set[nn.Module]:
+    """What PEFT added."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            added = getattr(module, name, None)
+            if isinstance(added, nn.Module):
+                found.update(added.modules())
+    return found
 
 
 def _is_head(model: nn.Module, layer: Layer, owners: Owners) -> bool:

@@ -166,6 +166,12 @@ class GrinqhTensor(TorchAOBaseTensor):
         # With dynamic=True sizes are symbols, and guards know the outer ones by these names only.
         return cls(**tensor_data_dict, **tensor_attributes, size=outer_size)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        from grinqh_ao.checkpoint import rebuild  # which needs this class
+
+        data = {name: getattr(self, name) for name in self.data_names}
+        return rebuild, (data, self._attributes, getattr(self, "_is_param", False))
+
     @classmethod
     @torch.compiler.disable  # done once per weight, and to give the same codes everywhere
     def from_hp(
@@ -405,6 +411,3 @@ class GrinqhTensor(TorchAOBaseTensor):
             f"GrinqhTensor(shape={tuple(self.shape)}, {self._quantization_type()}, "
             f"dtype={self.dtype}, device={self.device})"
         )
-
-
-torch.serialization.add_safe_globals([GrinqhTensor])

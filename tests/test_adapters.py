@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchao.quantization import quantize_
 
+import grinqh_ao
 from grinqh_ao import GrinqhConfig, GrinqhTensor, measure, set_bits, summary
 from models import tiny_model
 
@@ -62,6 +63,25 @@ def test_adapted_models_decode_at_any_bits():
         assert measured.body.bits == pytest.approx(bits, abs=0.4)
 
 
+def test_adapters_that_were_there_before_are_left_to_be_trained(log):
+    model = adapted(tiny_model("llama", tied=False), modules_to_save=["lm_head"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    quantize_(model, GrinqhConfig(bits=3))
+    layers = summary(model).quantized
+    assert len(layers) == 15
+    assert not any("lora" in name or "modules_to_save" in name for name in layers)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert "13 layers of adapters are left dense" in log.text
+    model(IDS).logits.sum().backward()
+    assert model.base_model.model.lm_head.modules_to_save.default.weight.grad.abs().max() > 0
+
+
+def test_a_quantized_layer_is_not_said_to_be_trained(log):
+    model = adapted(quantized(), modules_to_save=["lm_head"])
+    assert "requires_grad=True has no effect on a GrinqhTensor" in log.text
+    assert all("lora" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
 def test_merging_is_refused_before_anything_changes(how):
     model = adapted(quantized(), init_lora_weights=False)
@@ -113,3 +133,17 @@ def test_transformers_own_adapters(tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_save_does_not_lose_the_model_below_adapters(own, tmp_path):
+    model = quantized()
+    grinqh_ao.save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    if own:
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    else:
+        model = adapted(model)
+    with pytest.raises(ValueError, match=r"has adapters: save them with model\.save_pretrained"):
+        grinqh_ao.save(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

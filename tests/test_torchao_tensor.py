@@ -374,3 +374,29 @@ def test_symbolic_sizes_are_its_own():
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fake = mode.from_tensor(weight, source=ConstantSource("weight"))
     assert all(size.node.expr.is_Symbol for size in fake.shape)
+
+
+def test_data_is_replaced_as_a_whole():
+    """As PEFT does: p.data = p.data.to(dtype). PyTorch alone would leave codes as they are."""
+    linear = linear_with(GrinqhTensor.from_hp(torch.randn(96, 40)))
+    other = GrinqhTensor.from_hp(torch.randn(96, 40), 2, (0, 2, 4))
+    x = torch.randn(1, 40)
+    linear(x)
+    linear.weight.data = other
+    assert torch.equal(linear(x), F.linear(x, other, linear.bias))
+    assert linear.weight.levels == (0, 2, 4)
+    linear.weight.data = linear.weight.data.to(torch.bfloat16)
+    assert linear.weight.dtype == linear.weight.dequantize().dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="cannot make a Tensor the data of a GrinqhTensor"):
+        linear.weight.data = torch.zeros(96, 40)
+
+
+def test_codes_are_not_trained(caplog):
+    weight = nn.Parameter(GrinqhTensor.from_hp(torch.randn(96, 40)), requires_grad=False)
+    weight.requires_grad_(False)
+    weight.requires_grad = False
+    assert not caplog.text
+    weight.requires_grad_()
+    weight.requires_grad = True
+    assert not weight.requires_grad
+    assert caplog.text.count("requires_grad=True has no effect on a GrinqhTensor") == 2

@@ -77,7 +77,8 @@ def save(
 
     Writes beside ``directory`` first, and then puts that in its place: a model that was saved there
     before is either as it was, or replaced as a whole, even if the process is killed or the disk is
-    full. Room for both is needed. Other files of the directory stay.
+    full. Room for both is needed. Other files of the directory stay. (A mount point, the current
+    directory, or one whose parent cannot be written to: :func:`.atomic.replaced`.)
 
     Adds a model card that says how, unless there is a README.md already, and a module that lets
     programs without ``import grinqh_ao`` load it with ``trust_remote_code=True``.
@@ -90,7 +91,8 @@ def save(
 
     Raises:
         ValueError: nothing in ``model`` is quantized by GRINQH, or something by another quantizer,
-            or it is to be pushed to the hub: ``push_to_hub`` uploads the weights alone, and
+            or it has PEFT's adapters, which transformers would save instead; or it is to be pushed
+            to the hub: ``push_to_hub`` uploads the weights alone, and
             ``huggingface_hub.upload_folder`` the whole directory. Nothing was written.
         OSError: it could not be written; ``directory`` is as it was.
     """
@@ -100,6 +102,11 @@ def save(
         raise ValueError(
             "push_to_hub=True: it would upload the weights without the rest; save first, then "
             "huggingface_hub.upload_folder(repo_id=..., folder_path=directory)"
+        )
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"model={type(model).__name__}: has adapters: save them with model.save_pretrained, to "
+            "another directory, and the quantized model without them, before they are added"
         )
     attach(model)
     path = Path(directory)

@@ -60,16 +60,62 @@ def test_replaces_what_was_there(both, tmp_path):
     (target / "README.md").write_text("mine")
     (target / "notes").mkdir()
     (target / "notes" / "note.txt").write_text("mine too")
+    others = ["adapter_model.safetensors", "training_args.bin", "model_of_mine.safetensors"]
+    for name in others:
+        (target / name).write_text("mine")
+    target.chmod(0o700)
     os.symlink(target, tmp_path / "link")
     grinqh_ao.save(new, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert [path.name for path in target.glob("*.safetensors*")] == ["model.safetensors"]
+    weights = {path.name for path in target.glob("*.safetensors*")}
+    assert weights == {"model.safetensors", others[0], others[2]}
+    assert all((target / name).read_text() == "mine" for name in others)
     assert (target / "README.md").read_text() == "mine"
     assert (target / "notes" / "note.txt").read_text() == "mine too"
     assert (target / "config.json").stat().st_mode & 0o044 == 0o044  # as open() makes files
-    assert target.stat().st_mode == tmp_path.joinpath(".").stat().st_mode | 0o055
+    assert target.stat().st_mode & 0o777 == 0o700
     assert bits_in(target) == 4
     assert not leftovers(target)
+    save(old, tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o055 == 0o055
+
+
+def test_in_the_current_directory(both, tmp_path, monkeypatch):
+    """It stays the one that processes are in, and so do its files."""
+    old, new = both
+    save(old, tmp_path / "model")
+    (tmp_path / "model" / "notes").mkdir()
+    monkeypatch.chdir(tmp_path / "model" / "notes")
+    grinqh_ao.save(new, "..")
+    assert bits_in(Path("..")) == 4
+    found = {path.name for path in Path("..").iterdir()}
+    assert "model.safetensors.index.json" not in found
+    assert {"notes", "config.json", "model.safetensors", "README.md"} <= found
+    assert not any(".partial" in name for name in found)
+
+
+def test_where_the_parent_cannot_be_written_to(both, tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    before = target.stat().st_ino
+    for model, bits in zip(both, (2, 4), strict=True):
+        save(model, target)
+        assert bits_in(target) == bits
+    assert target.stat().st_ino == before
+
+
+def test_a_file_system_without_links(both, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EPERM, "injected")
+
+    monkeypatch.setattr(os, "link", fails)
+    save(both[0], tmp_path / "model")
+    (tmp_path / "model" / "notes").mkdir()
+    (tmp_path / "model" / "notes" / "note.txt").write_text("mine")
+    save(both[1], tmp_path / "model")
+    assert (tmp_path / "model" / "notes" / "note.txt").read_text() == "mine"
+    assert bits_in(tmp_path / "model") == 4
 
 
 def test_without_renameat2(both, tmp_path, monkeypatch):
@@ -124,10 +170,14 @@ def test_killed_at_any_time(both, tmp_path, there):
     assert set(outcomes) == {before, 4}, outcomes
 
 
-def test_interrupted_at_any_line(both, tmp_path):
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "file by file"])
+def test_interrupted_at_any_line(both, tmp_path, monkeypatch, inside):
     """Ctrl-C, wherever Python is while a model is saved."""
     old, new = both
     target = tmp_path / "model"
+    if inside:
+        target.mkdir()
+        monkeypatch.chdir(target)
 
     def traced(stop: float) -> int:
         lines = 0
@@ -156,7 +206,7 @@ def test_interrupted_at_any_line(both, tmp_path):
     chance, outcomes = random.Random(0), set()
     for i in range(INTERRUPTS):
         save(old, target)
-        traced(whole - i if i < 10 else chance.randrange(1, whole))
+        traced(whole - 2 * i if i < 20 else chance.randrange(1, whole))
         outcomes.add(bits_in(target))
     assert outcomes == {2, 4}
 
@@ -212,6 +262,8 @@ def save_where_there_is_room_for(room: int, both, place: Path) -> int:
         mount_small(place, 1 << 30)
     except OSError:
         return NOT_ALLOWED
+    save(old, place)  # a mount point
+    assert bits_in(place) == 2
     save(old, place / "model")
     blocks = os.statvfs(place)
     size = (blocks.f_blocks - blocks.f_bfree) * blocks.f_bsize + room
@@ -262,6 +314,28 @@ def test_error_while_it_is_put_in_place(both, tmp_path, monkeypatch):
                 save(new, tmp_path / "model")
         assert bits_in(tmp_path / "model") == 2
         assert not leftovers(tmp_path / "model")
+
+
+def test_error_while_files_are_put_in_place(both, tmp_path, monkeypatch):
+    old, new = both
+    target, rename = tmp_path / "model", Path.rename
+    save(old, target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    monkeypatch.chdir(target)
+    for last in range(0, len(before) + 3, 2):
+        moved = []
+
+        def fails_once(path, to, last=last, moved=moved):
+            moved.append(path)
+            if len(moved) == last + 1:
+                raise OSError(errno.EIO, "injected")
+            return rename(path, to)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", fails_once)
+            with pytest.raises(OSError, match="injected"):
+                grinqh_ao.save(new, target)
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
 @pytest.mark.parametrize("stopped_after", ["config", "one shard"])
