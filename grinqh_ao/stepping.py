@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,7 +38,9 @@ class Gate:
         """Steps within steps of this thread."""
         return getattr(self._mine, "depth", 0)
 
-    def enter(self) -> None:
+    def enter(self, call: FrameType) -> None:
+        """Begins a step, or one within a step, which lasts as long as ``call``."""
+        self._forget_interrupted()
         if self._depth == 0:
             with self._condition:
                 self._steps_waiting += 1
@@ -46,6 +50,7 @@ class Gate:
                     self._steps_waiting -= 1
                     self._steps_first = max(0, self._steps_first - 1)
                 self._steps += 1
+            self._mine.call = call
         self._mine.depth = self._depth + 1
 
     def _may_step(self) -> bool:
@@ -55,14 +60,29 @@ class Gate:
         return not self._changing and self._steps == 0 and self._steps_first == 0
 
     def leave(self) -> None:
+        if self._depth == 0:  # the call failed before it came to enter
+            return
         self._mine.depth = self._depth - 1
         if self._depth == 0:
+            self._mine.call = None
             with self._condition:
                 self._steps -= 1
                 self._condition.notify_all()
 
+    def _forget_interrupted(self) -> None:
+        """PyTorch calls no hook where KeyboardInterrupt ends a step, which is left now."""
+        if self._depth == 0:
+            return
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._mine.call:
+            frame = frame.f_back
+        if frame is None:
+            self._mine.depth = 1
+            self.leave()
+
     @contextmanager
     def change(self) -> Iterator[None]:
+        self._forget_interrupted()
         if self._depth:  # within a step of its own, for which it would wait forever
             yield
             return
@@ -87,7 +107,8 @@ def guard_steps(model: nn.Module) -> None:
     """From now on a call of ``model`` and ``set_bits(model, ...)`` wait for each other.
 
     For models whose bits are changed by other threads than run them: every step reads all layers at
-    the same ``bits``. Any number of threads may run steps at once.
+    the same ``bits``. Any number of threads may run steps at once. A step that Ctrl-C ends is over
+    for other threads when its own takes the next one, or sets bits.
 
     Args:
         model: what is called, step by step: the model, or what ``torch.compile(model)`` gave, since
@@ -108,7 +129,7 @@ class _Enter:
 
     def __call__(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.gate.enter()
+            self.gate.enter(sys._getframe(1))
 
 
 class _Leave(_Enter):

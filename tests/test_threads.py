@@ -153,6 +153,54 @@ def test_a_step_that_fails_or_calls_itself_ends(model):
     set_bits(model, 3)
 
 
+@pytest.mark.parametrize("then", ["a step", "set_bits"])
+def test_a_step_that_is_interrupted_is_over_with_the_next_of_its_thread(model, then):
+    guard_steps(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model[3].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(1, 64))
+    handle.remove()
+    if then == "a step":
+        model(torch.randn(1, 64))
+    else:
+        set_bits(model, 2)
+    change = threading.Thread(target=set_bits, args=(model, 4), daemon=True)
+    change.start()
+    change.join(60)
+    assert model[0].weight.bits == pytest.approx(4)
+
+
+def test_a_call_that_fails_before_it_is_a_step(model):
+    """A hook registered before the guard's fails: what follows is guarded all the same."""
+
+    def fail(*_):
+        raise ValueError("injected")
+
+    handle = model.register_forward_pre_hook(fail)
+    guard_steps(model)
+    with pytest.raises(ValueError, match="injected"):
+        model(torch.randn(1, 64))
+    handle.remove()
+    in_step, changes = [], []
+
+    def look(*_):
+        change = threading.Thread(target=set_bits, args=(model, 4), daemon=True)
+        change.start()
+        change.join(0.2)
+        changes.append(change)
+        in_step.append(change.is_alive())
+
+    model[3].register_forward_pre_hook(look)
+    model(torch.randn(1, 64))
+    changes[0].join(60)
+    assert in_step == [True]
+    assert model[0].weight.bits == pytest.approx(4)
+
+
 def test_a_guarded_model_can_be_copied(model):
     guard_steps(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -174,7 +222,7 @@ def test_guarded_models_compile(model, compiled_first, monkeypatch):
         torch.testing.assert_close(called(x), expected(x))
         if compiled_first:
             entered = []
-            monkeypatch.setattr(called._grinqh_gate, "enter", lambda: entered.append(1))
+            monkeypatch.setattr(called._grinqh_gate, "enter", lambda _: entered.append(1))
             monkeypatch.setattr(called._grinqh_gate, "leave", lambda: entered.append(2))
             called(x)
             assert entered == [1, 2]
