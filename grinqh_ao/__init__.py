@@ -54,7 +54,6 @@ if _why_not:
     __all__ = [name for name in __all__ if name not in _OF_TRANSFORMERS]
 
     def __getattr__(name: str) -> object:
-        hint = f": it needs transformers 5.17 or newer: {_why_not}"
-        raise AttributeError(
-            f"grinqh_ao has no attribute {name!r}{hint if name in _OF_TRANSFORMERS else ''}"
-        )
+        if name in _OF_TRANSFORMERS:  # no AttributeError, whose message "from ... import" drops
+            raise ImportError(f"grinqh_ao.{name} needs transformers 5.17 or newer: {_why_not}")
+        raise AttributeError(f"grinqh_ao has no attribute {name!r}")

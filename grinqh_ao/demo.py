@@ -75,7 +75,16 @@ COLUMNS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        for bits in arguments.bits:
+            GrinqhConfig(bits)
+    except ValueError as error:
+        parser.error(f"--bits: {error}")
+    for option, least in (("tokens", 64), ("new_tokens", 2)):
+        if (given := getattr(arguments, option)) < least:
+            parser.error(f"--{option.replace('_', '-')}: {given}: expected at least {least}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "transformers", "torchao"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -32,8 +32,9 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
 
     Parameters, ``state_dict``, hooks, prompts and gradients are untouched, and so is ``set_bits``:
     every projection keeps its weight and thresholds. Results differ by the order of float32 sums
-    at most. Threads must not share activations, and a compiled function must not write to them
-    between a group's projections. Worth it where launches cost more than reading: small layers,
+    at most. Threads must not share activations; and in a compiled function or in inference mode,
+    which counts no versions of tensors, nothing must write to them between a group's projections.
+    Worth it where launches cost more than reading: small layers,
     large GPUs.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import grinqh_ao
 from grinqh_ao import cli, summary
@@ -120,14 +120,19 @@ def test_quantize_does_not_overwrite(dense, saved, capsys):
         (["generate", "SAVED", "-p", "w1", "--bits", "0"], 1, "expected a number above 0"),
         (["evaluate", "SAVED", "--bits", "2,x"], 2, "--bits"),
         (["bench", "SAVED", "--bits", "12"], 1, "12"),
+        (["quantize", "DENSE", "-o", "READONLY/new"], 2, "cannot be written to"),
         (["fly"], 2, "fly"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_errors_are_one_line_and_change_nothing(
-    dense, saved, broken, tmp_path, capsys, arguments, code, message
+    dense, saved, broken, tmp_path, capsys, monkeypatch, arguments, code, message
 ):
     places = {"DENSE": dense, "SAVED": saved, "BROKEN": broken, "NEW": tmp_path / "new"}
+    places["READONLY/new"] = tmp_path / "readonly" / "new"
+    (tmp_path / "readonly").mkdir()  # for root everything is writable
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, m: "readonly" not in str(p) and access(p, m))
     assert grinqh(*(places.get(a, a) for a in arguments)) == code
     error = capsys.readouterr().err
     assert message in error
@@ -183,9 +188,28 @@ def test_info_of_experts_and_of_damaged_files(tmp_path, capsys):
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
     file = tmp_path / "model.safetensors"
     assert 0 < file.stat().st_size - size < 100_000  # only the header is not counted
+    save_file({"lora_A": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    assert grinqh("info", tmp_path) == 0  # loading reads no such file either
+    assert "lora_A" not in capsys.readouterr().out
     file.write_bytes(file.read_bytes()[:-100])
     assert grinqh("info", tmp_path) == 1
     assert "not a complete safetensors file" in capsys.readouterr().err
+
+
+def test_info_of_shards(saved, tmp_path, capsys):
+    model = grinqh_ao.load(saved)
+    grinqh_ao.save(model, tmp_path, max_shard_size="50KB")
+    assert grinqh("info", tmp_path, "--all") == 0
+    assert capsys.readouterr().out.count("_proj") == 14
+    (tmp_path / "model-00002-of-00003.safetensors").rename(tmp_path / "other")
+    for damage, message in (
+        (lambda file: None, "names model-00002-of-00003.safetensors, which is missing"),
+        (lambda file: file.write_text("[]"), "is no index"),
+        (lambda file: file.unlink(), "No such file"),
+    ):
+        damage(tmp_path / "model.safetensors.index.json")
+        assert grinqh("info", tmp_path) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

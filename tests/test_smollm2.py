@@ -60,6 +60,21 @@ def test_prose_is_prose():
     assert not re.search(r">>>|::|^[ \t]", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "3", "9"], r"--bits: bits=9\.0: expected a number above 0 and at most 8"),
+        (["--tokens", "0"], "--tokens: 0: expected at least 64"),
+        (["--new-tokens", "1"], "--new-tokens: 1: expected at least 2"),
+    ],
+)
+def test_demo_checks_its_options_first(options, message, capsys):
+    with pytest.raises(SystemExit) as exited:
+        demo.main(["--model", "nowhere", *options])
+    assert exited.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_demo_on_a_local_model(tmp_path, capsys):
     """The whole demo, on a tiny model from a directory."""
     import json

@@ -36,7 +36,7 @@ def info(
 ) -> None:
     """Shows what DIR holds: layers, the bits they aim at, sizes, what was not quantized.
 
-    Reads no weights, and checks the files as loading would.
+    Reads no weights. Checks what is quantized as loading would, and that no file is missing.
     """
     from tabulate import tabulate
 
@@ -75,7 +75,7 @@ def read(directory: Path) -> tuple[list[Row], list[Row]]:
     from grinqh_ao.checkpoint import SUFFIXES, check
     from grinqh_ao.grading import bits_of
     from grinqh_ao.huggingface.config import QUANT_METHOD, GrinqhHfConfig
-    from grinqh_ao.huggingface.files import open_tensors
+    from grinqh_ao.huggingface.files import files_of, open_tensors
 
     config = json.loads((directory / "config.json").read_text())
     settings = config.get("quantization_config") if isinstance(config, dict) else None
@@ -84,8 +84,7 @@ def read(directory: Path) -> tuple[list[Row], list[Row]]:
     quantized = GrinqhHfConfig(**settings)
     attributes = quantized.attributes()
     rows, taken = [], set()
-    files = [str(file) for file in sorted(directory.glob("*.safetensors"))]
-    with open_tensors(files, quantized.save_id) as tensors:
+    with open_tensors(files_of(directory), quantized.save_id) as tensors:
         for name, one in attributes.items():
             parts = {s: tensors[name + s] for s in SUFFIXES.values() if name + s in tensors}
             taken |= {name + suffix for suffix in parts}

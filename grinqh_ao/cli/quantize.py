@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -54,6 +55,9 @@ def quantize(
 
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise typer.BadParameter(f"{output} is there already; --overwrite?", param_hint="--output")
+    there = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise typer.BadParameter(f"{there} cannot be written to", param_hint="--output")
     if stored_bits is not None:
         if calibrate is None:
             raise typer.BadParameter("needs --calibrate", param_hint="--stored-bits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from grinqh_ao.checkpoint import SUFFIXES, Attributes, check
 from grinqh_ao.errors import CheckpointError
@@ -59,6 +61,25 @@ class _InFile:
         return tensor
 
 
+def files_of(directory: Path) -> list[str]:
+    """The files of a saved model's tensors; others may lie beside them.
+
+    Raises:
+        CheckpointError: its index names a file that is not there, or is no index.
+    """
+    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
+    if single.exists() or not index.exists():
+        return [str(single)]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: is no index: {error!r}") from None
+    for name in names:
+        if not (directory / name).exists():
+            raise CheckpointError(f"{index}: names {name}, which is missing")
+    return [str(directory / name) for name in names]
+
+
 @contextlib.contextmanager
 def open_tensors(files: Sequence[str], save_id: object = None) -> Iterator[dict[str, _InFile]]:
     """All tensors of some files, by name.
@@ -81,7 +102,8 @@ def open_tensors(files: Sequence[str], save_id: object = None) -> Iterator[dict[
             if found != save_id:
                 raise CheckpointError(
                     f"{path}: was saved at another time than config.json, as where saving was "
-                    f"interrupted: expected {SAVE_ID}={save_id!r}, found {found!r}"
+                    "interrupted, or is left of another model that was saved here: expected "
+                    f"{SAVE_ID}={save_id!r}, found {found!r}"
                 )
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 tensors[name] = _InFile(Path(path).name, opened.get_slice(name))

@@ -95,10 +95,16 @@ model = torch.nn.Sequential(torch.nn.Linear(64, 64))
 quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
 assert type(model[0].weight).__name__ == "GrinqhTensor"
 try:
-    grinqh_ao.load("x")
-except AttributeError as error:
+    from grinqh_ao import GrinqhHfConfig
+except ImportError as error:
     print(error)
+try:
+    grinqh_ao.load("x")
+except ImportError as error:
+    print(error)
+assert not hasattr(grinqh_ao, "nothing")
 from grinqh_ao import *
 """
     done = python(code)
-    assert "needs transformers" in done.stdout, done.stderr
+    for name in ("GrinqhHfConfig", "load"):
+        assert f"grinqh_ao.{name} needs transformers" in done.stdout, done.stderr
