@@ -14,34 +14,65 @@ import models
 
 WORKER = Path(__file__).with_name("worker.py")
 HEAD = {"llama": {}, "qwen3": {"head_dim": 128}, "tied": {}}
+CANNOT_BE_CUT = {
+    # Four heads of 16: 32 outputs for each rank.
+    "llama": "model.layers.0.self_attn.q_proj.weight: 64 outputs cannot be cut in 2",
+    "qwen3_moe": "weight of ExpertLinears, quantized: cannot be cut in 2",
+}
 
 
-def run(model: Path, output: Path, *how: str, ranks: int = 1) -> dict:
+def run(directory: Path, jobs: list[tuple[str, Path, str]], ranks: int = 1) -> dict[str, dict]:
+    """Reports of jobs (name, model, how), which ranks do together."""
+    directory.mkdir()
+    file = directory / "jobs"
+    file.write_text(json.dumps([(name, str(model), how) for name, model, how in jobs]))
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {name: v for name, v in os.environ.items() if name != "RANK"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
-        [*launcher, str(WORKER), str(model), str(output), *how],
+        [*launcher, str(WORKER), str(file)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(output.read_text())
+    return {name: json.loads((directory / f"{name}.json").read_text()) for name, _, _ in jobs}
 
 
-@pytest.fixture(scope="module", params=HEAD)
-def saved(request, tmp_path_factory):
-    """Directories of a dense model and of the same, quantized."""
-    directory = tmp_path_factory.mktemp(request.param)
-    tied = request.param == "tied"
-    family = "llama" if tied else request.param
-    sizes = models.CUTTABLE | HEAD[request.param]
-    model = models.tiny_model(family, tied=tied, **sizes)
-    model.save_pretrained(directory / "dense")
+def save(name: str, directory: Path) -> None:
+    """A dense model and the same, quantized."""
+    tied = name == "tied"
+    sizes = models.CUTTABLE | HEAD[name]
+    model = models.tiny_model("llama" if tied else name, tied=tied, **sizes)
+    model.save_pretrained(directory / name / "dense")
     quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
-    grinqh_ao.save(model, directory / "quantized")
-    return directory
+    grinqh_ao.save(model, directory / name / "quantized")
+
+
+def save_what_cannot_be_cut(family: str, directory: Path) -> None:
+    config, model_class, more = models.FAMILIES[family]
+    with pytest.MonkeyPatch.context() as patch:
+        if family == "qwen3_moe":  # all but its experts could be
+            more = more | {"hidden_size": 128, "head_dim": 64, "vocab_size": 384}
+            patch.setitem(models.FAMILIES, family, (config, model_class, more))
+        model = models.tiny_model(family, tied=False)
+    quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
+    grinqh_ao.save(model, directory)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Of all models: by one process alone, and by two together."""
+    directory = tmp_path_factory.mktemp("models")
+    for name in HEAD:
+        save(name, directory)
+    for family in CANNOT_BE_CUT:
+        save_what_cannot_be_cut(family, directory / f"{family}-whole")
+    alone = [(name, directory / name / "quantized", "load") for name in HEAD]
+    together = [*((f"{name}-load", model, how) for name, model, how in alone)]
+    together += [(f"{name}-quantize", directory / name / "dense", "quantize") for name in HEAD]
+    together += [(f"{f}-whole", directory / f"{f}-whole", "load") for f in CANNOT_BE_CUT]
+    return run(directory / "alone", alone), run(directory / "together", together, ranks=2)
 
 
 def clear_steps(leads: list[float]) -> int:
@@ -53,48 +84,29 @@ def clear_steps(leads: list[float]) -> int:
     return steps
 
 
-def test_two_ranks_say_what_one_says(saved):
-    alone = run(saved / "quantized", saved / "alone.json")
-    ways = [([], "quantized")]
-    if "qwen3" not in saved.name:  # there it is as with Llama
-        ways.append((["quantize"], "dense"))
-    for how, model in ways:
-        together = run(saved / model, saved / "together.json", *how, ranks=2)
-        for what, tokens in alone.items():
-            if what.endswith("rows"):
-                steps = clear_steps(alone[f"{what}: lead"])
-                assert [row[:steps] for row in together[what]] == [row[:steps] for row in tokens]
-        for name, (n, k) in alone["shapes"].items():
-            if name == "lm_head" and "tied" in saved.name:
-                expected = [n, k]
-            elif name.endswith(("o_proj", "down_proj")):
-                expected = [n, k // 2]
-            else:
-                expected = [n // 2, k]
-            assert together["shapes"][name] == expected
-        for attempt in ("save", "calibrate"):
-            assert "tensor parallelism" in together[attempt]
-        if not how and "tied" not in saved.name:
-            # Its half of the large weights; of small ones whole tiles, and pages around.
-            assert together["read"] < 0.85 < alone["read"]
+@pytest.mark.parametrize("how", ["load", "quantize"])
+@pytest.mark.parametrize("name", HEAD)
+def test_two_ranks_say_what_one_says(reports, name, how):
+    alone, together = reports[0][name], reports[1][f"{name}-{how}"]
+    for what, tokens in alone.items():
+        if what.endswith("rows"):
+            steps = clear_steps(alone[f"{what}: lead"])
+            assert [row[:steps] for row in together[what]] == [row[:steps] for row in tokens]
+    for layer, (n, k) in alone["shapes"].items():
+        if layer == "lm_head" and name == "tied":
+            expected = [n, k]
+        elif layer.endswith(("o_proj", "down_proj")):
+            expected = [n, k // 2]
+        else:
+            expected = [n // 2, k]
+        assert together["shapes"][layer] == expected
+    for attempt in ("save", "calibrate"):
+        assert "tensor parallelism" in together[attempt]
+    if how == "load" and name != "tied":
+        # Its half of the large weights; of small ones whole tiles, and pages around.
+        assert together["read"] < 0.85 < alone["read"]
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        # Four heads of 16: 32 outputs for each rank.
-        ("llama", "model.layers.0.self_attn.q_proj.weight: 64 outputs cannot be cut in 2"),
-        ("qwen3_moe", "weight of ExpertLinears, quantized: cannot be cut in 2"),
-    ],
-)
-def test_a_model_that_cannot_be_cut(tmp_path, family, message):
-    config, model_class, more = models.FAMILIES[family]
-    with pytest.MonkeyPatch.context() as patch:
-        if family == "qwen3_moe":  # all but its experts could be
-            more = more | {"hidden_size": 128, "head_dim": 64, "vocab_size": 384}
-            patch.setitem(models.FAMILIES, family, (config, model_class, more))
-        model = models.tiny_model(family, tied=False)
-    quantize_(model, grinqh_ao.GrinqhConfig(bits=3))
-    grinqh_ao.save(model, tmp_path / "model")
-    found = run(tmp_path / "model", tmp_path / "report.json", ranks=2)
-    assert message in found["error"]
+@pytest.mark.parametrize("family", CANNOT_BE_CUT)
+def test_a_model_that_cannot_be_cut(reports, family):
+    assert CANNOT_BE_CUT[family] in reports[1][f"{family}-whole"]["error"]

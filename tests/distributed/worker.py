@@ -1,10 +1,15 @@
-"""What each rank of test_tensor_parallel.py does: ``worker.py MODEL OUTPUT [quantize]``."""
+"""What each rank of test_tensor_parallel.py does: ``worker.py JOBS``.
+
+JOBS is a JSON file: a list of [name, model, how]. A report of each is written beside it. Many at
+once, since processes take longer to start than to do one.
+"""
 
 import json
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -25,18 +30,15 @@ def touched(file: Path) -> int:
     return resident
 
 
-model_path, output, *how = sys.argv[1:]
-rank = int(os.environ.get("RANK", "0"))
-options = {"tp_plan": "auto"} if "RANK" in os.environ else {}
-if how == ["quantize"]:
-    options["quantization_config"] = grinqh_ao.GrinqhHfConfig(bits=3)
-report = {}
-try:
-    model = AutoModelForCausalLM.from_pretrained(model_path, **options)
-except ValueError as error:
-    report["error"] = str(error)
-else:
-    report["shapes"] = {name: list(w.shape) for name, _, w in quantized_linears(model)}
+def report_of(model_path: str, how: str, place: Path) -> dict[str, Any]:
+    options = {"tp_plan": "auto"} if "RANK" in os.environ else {}
+    if how == "quantize":
+        options["quantization_config"] = grinqh_ao.GrinqhHfConfig(bits=3)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_path, **options)
+    except ValueError as error:
+        return {"error": str(error)}
+    report = {"shapes": {name: list(w.shape) for name, _, w in quantized_linears(model)}}
     ids = torch.arange(5, 17)[None]
     for bits in (3, 2):
         grinqh_ao.set_bits(model, bits)
@@ -57,12 +59,18 @@ else:
     for attempt in ("save", "calibrate"):
         try:
             if attempt == "save":
-                grinqh_ao.save(model, f"{output}-saved")
+                grinqh_ao.save(model, place)
             else:
                 grinqh_ao.calibrate(model, [ids])
         except ValueError as error:
             report[attempt] = str(error)
-if rank == 0:
-    Path(output).write_text(json.dumps(report))
+    return report
+
+
+jobs = Path(sys.argv[1])
+for name, model_path, how in json.loads(jobs.read_text()):
+    report = report_of(model_path, how, jobs.parent / f"{name}-saved")
+    if os.environ.get("RANK", "0") == "0":
+        (jobs.parent / f"{name}.json").write_text(json.dumps(report))
 if distributed.is_initialized():
     distributed.destroy_process_group()
