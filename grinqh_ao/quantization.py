@@ -69,7 +69,7 @@ def _quantize(call: QuantizeCall) -> None:
         _quantize_layers(todo, owners, call.device)
     finally:
         give_back()
-        if any(isinstance(layer.weight, GrinqhTensor) for layer in todo):
+        if any(isinstance(layer.weight, GrinqhTensor) for layer in call.layers):
             _tell_transformers(call.model)
     # A call that goes on where another was interrupted also calibrates what that one quantized.
     uncalibrated = [layer for layer in before if cast(GrinqhTensor, layer.weight).curve is None]

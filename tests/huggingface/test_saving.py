@@ -241,6 +241,14 @@ def test_a_part_that_was_quantized_by_itself(tmp_path):
     assert_alike(model, grinqh_ao.load(tmp_path))
 
 
+def test_a_part_that_was_quantized_before_the_whole(tmp_path):
+    model = tiny_model("llama", tied=False)
+    quantize_(model.model, GrinqhConfig(bits=3))
+    quantize_(model, GrinqhConfig(bits=3, head_bits=None))  # nothing is left to be done
+    model.save_pretrained(tmp_path)
+    assert_alike(model, grinqh_ao.load(tmp_path))
+
+
 def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
     model = quantized()
     uploaded = []
