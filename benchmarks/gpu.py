@@ -73,6 +73,12 @@ def describe() -> dict[str, Any]:
     }
 
 
+def write(report: dict[str, Any], file: Path) -> None:
+    """After each section: what is done is done."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
@@ -93,6 +99,7 @@ def main() -> int:
         if left < needed:
             report[name] = {"skipped": f"{left:.0f} of {60 * arguments.minutes:.0f} s were left"}
             print(f"== {name}: skipped", flush=True)
+            write(report, arguments.json)
             continue
         if name not in FORKING and "machine" not in report:
             report |= describe()
@@ -101,14 +108,16 @@ def main() -> int:
         print(f"== {name}", flush=True)
         try:
             report[name] = section()
+            if isinstance(report[name], dict) and report[name].get("problems"):
+                failed.append(name)
+                print("\n".join(report[name]["problems"]))
         except Exception:
             failed.append(name)
             report[name] = {"failed": traceback.format_exc()}
             traceback.print_exc()
         report[f"{name}_seconds"] = time.perf_counter() - begin
         torch.cuda.empty_cache()
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, arguments.json)
     print(f"{time.perf_counter() - started:.0f} s; failed: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_tokens
-from grinqh_ao.linear import autocast
+from grinqh_ao.linear import autocast, wants_grad
 from grinqh_ao.tails import as_compact, formula_curve
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -53,7 +53,7 @@ class ExpertLinears(nn.Module):
         """
         x = autocast(x)
         tokens, routed = experts.shape
-        if x.requires_grad and torch.is_grad_enabled():
+        if wants_grad(x):
             return _one_by_one(self.weight, x.expand(tokens, routed, -1), experts)
         decoded = decoded_tokens(tokens)
         if isinstance(decoded, bool):

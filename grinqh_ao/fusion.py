@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_together
 from grinqh_ao.layers import GrinqhLinear, adopt
-from grinqh_ao.linear import Inner, first_decoded_row
+from grinqh_ao.linear import Inner, first_decoded_row, transformed
 from grinqh_ao.model import some_quantized_linears
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
@@ -32,10 +32,9 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
 
     Parameters, ``state_dict``, hooks, prompts and gradients are untouched, and so is ``set_bits``:
     every projection keeps its weight and thresholds. Results differ by the order of float32 sums
-    at most. Threads must not share activations; and in a compiled function or in inference mode,
-    which counts no versions of tensors, nothing must write to them between a group's projections.
-    Worth it where launches cost more than reading: small layers,
-    large GPUs.
+    at most. Threads, and streams of a GPU, must not share activations; and in a compiled function
+    or in inference mode, which counts no versions of tensors, nothing must write to them between a
+    group's projections. Worth it where launches cost more than reading: small layers, large GPUs.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -115,6 +114,7 @@ def _decoded_alike(x: Tensor, weights: list[Inner], biases: Sequence[Tensor | No
         and x.device.type != "meta"
         and not torch.is_autocast_enabled(x.device.type)
         and decoded_together()
+        and not transformed()
         and _compatible(weights)
         and all(first_decoded_row(x, bias) == 0 for bias in biases)
     )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from grinqh_ao import decode_rule, ops
 from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
@@ -14,6 +15,7 @@ from grinqh_ao.ops.dense_products import dense_product, product_dtype
 from grinqh_ao.ops.oracle import narrowed
 from grinqh_ao.slices import split, unpack_rows
 from grinqh_ao.torchao_tensor import GrinqhTensor
+from grinqh_ao.vectors import outputs_of
 
 
 class Inner(NamedTuple):
@@ -49,7 +51,11 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
     if not x.is_floating_point():
         raise TypeError(f"input of dtype {x.dtype}: expected floating point")
     x = autocast(x)
-    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None:
+        outputs = outputs_of(weight.vectors, tiles[1])
+        if bias.shape != (outputs,):
+            raise ValueError(f"bias of shape {tuple(bias.shape)}: expected [{outputs}]")
+        bias = bias.to(x.dtype)
     start = first_decoded_row(x, bias)
     if start is None:
         return _dense(x, weight, bias)
@@ -74,7 +80,7 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
 def first_decoded_row(x: Tensor, bias: Tensor | None = None) -> int | None:
     """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
     # The decode ops have no gradient; the dense path does, for x and bias.
-    return None if _wants_grad(x) or _wants_grad(bias) else decode_rule.first_decoded_row(x)
+    return None if wants_grad(x) or wants_grad(bias) else decode_rule.first_decoded_row(x)
 
 
 def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
@@ -91,8 +97,8 @@ def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
 
 
 def _dense(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None) -> Tensor:
-    wants_grad = _wants_grad(x) or _wants_grad(bias)
-    if x.device.type == "cpu" and not wants_grad:  # in blocks; on GPUs compilers fuse more
+    wanted = wants_grad(x) or wants_grad(bias)
+    if x.device.type == "cpu" and not wanted:  # in blocks; on GPUs compilers fuse more
         return ops.dense_linear(
             x,
             weight.slices,
@@ -103,7 +109,7 @@ def _dense(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None) -> Tens
             weight.levels[-1],
         )
     dtype = product_dtype(x)
-    if not wants_grad or torch.compiler.is_compiling():
+    if not wanted or torch.compiler.is_compiling() or transformed():
         # Compilers keep the dense weight for the backward pass: as small as it can be.
         return dense_product(x, weight.dequantize(x.dtype).to(dtype), bias)
     dense = weight.dequantize(dtype)
@@ -143,5 +149,19 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _wants_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, which hooks and some ops know nothing of."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def wants_grad(tensor: Tensor | None) -> bool:
+    """Backwards or forwards."""
+    if tensor is None:
+        return False
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None

@@ -1,5 +1,6 @@
 """The Python of the GPU suite, on a CPU and small sizes: GPU time is too scarce to find typos."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def test_rows_and_fused_projections(monkeypatch):
 def test_experts(monkeypatch):
     monkeypatch.setattr(experts, "SHAPES", [(16, 64, 32)])
     assert all(error < 0.01 for error in experts.correctness()["largest_errors"].values())
-    assert {"bf16", "grinqh 3"} <= set(experts.speed()[0])
+    ways = {f"bf16, {how}" for how in ("gathered", "one by one", "grouped")}
+    assert ways | {"grinqh 3"} <= set(experts.speed()[0])
 
 
 def test_models(monkeypatch):
@@ -126,6 +128,37 @@ def test_other_tokens_are_seen():
     models = {"bf16": Parrot(differs=False), "torchao int4": Parrot(differs=True)}
     whole_models.measure_in_turn(models, report)
     assert report["same_tokens"] == {"bf16, deferred": True, "torchao int4, deferred": False}
+    assert whole_models.problems_of(report) == ["torchao int4, deferred: other tokens"]
+
+
+class Broken(Parrot):
+    def facts(self):
+        raise RuntimeError("an illegal memory access")
+
+
+def test_failures_of_our_own_models_are_failures(monkeypatch, tmp_path, capsys):
+    import gpu
+
+    def measure():
+        report = {"tokens_per_second": {}, "new_tokens_per_second": {}, "kernels_us_per_token": {}}
+        report |= {"same_tokens": {}}
+        models = {"grinqh": Broken(False), "torchao int4": Broken(False), "bf16": Parrot(False)}
+        whole_models.measure_in_turn(models, report)
+        return report | {"problems": whole_models.problems_of(report)}
+
+    report = tmp_path / "report.json"
+    monkeypatch.setattr(gpu, "SECTIONS", [("llama_8b", measure, 0), ("sweep", measure, 1 << 20)])
+    monkeypatch.setattr(gpu, "describe", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", str(report)])
+    assert gpu.main() == 1
+    assert "failed: llama_8b\n" in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    assert found["llama_8b"]["problems"] == ["grinqh: RuntimeError: an illegal memory access"]
+    assert found["llama_8b"]["tokens_per_second"].keys() == {"bf16", "bf16, deferred"}
+    assert "were left" in found["sweep"]["skipped"]
 
 
 def test_models_in_processes_of_their_own():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import plain
 from grinqh_ao import GrinqhTensor, ops
 from grinqh_ao.grading import ALL_LEVELS
+from grinqh_ao.ops import oracle
 from grinqh_ao.slices import drop_low
 
 LEVEL_SETS = [ALL_LEVELS, (0, 2, 4, 8), (0, 2, 4), (2, 4, 8), (0, 8), (4,)]
@@ -110,3 +111,13 @@ def test_all_channels_skipped():
     x = torch.randn(1, 9)
     assert not ops.decode_linear(x, *arguments(weight)).any()
     assert torch.equal(ops.decode_linear(x, *arguments(weight, bias))[0], bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_oracle_adds_up_in_float32_under_autocast(dtype):
+    weight = GrinqhTensor.from_hp(torch.randn(70, 400))
+    arguments = weight.slices, weight.scales, weight.vectors, None, None, weight.levels
+    x = 100 * torch.randn(1, 400, dtype=dtype)
+    expected = oracle.decode_linear(x, *arguments)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(oracle.decode_linear(x, *arguments), expected)

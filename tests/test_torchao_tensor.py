@@ -400,3 +400,10 @@ def test_codes_are_not_trained(caplog):
     weight.requires_grad = True
     assert not weight.requires_grad
     assert caplog.text.count("requires_grad=True has no effect on a GrinqhTensor") == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("shape", [(95,), (1,), (), (1, 96), (97,)])
+def test_a_bias_that_does_not_fit(weight, shape, rows):
+    with pytest.raises(ValueError, match=r"bias of shape .*: expected \[96\]"):
+        F.linear(torch.randn(rows, 40), weight, torch.zeros(shape))

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
 from gpu_suite import timing
 from gpu_suite.checks import TOLERANCE, laplace
+from gpu_suite.kernels import needed_bytes
 from grinqh_ao import GrinqhTensor, ops
 from grinqh_ao.ops import oracle
 
@@ -71,7 +73,7 @@ def cuda_graphs() -> dict[str, object]:
 
 @torch.no_grad()
 def speed() -> list[dict[str, object]]:
-    """One token's experts at 2, 3 and 4 bits, against bfloat16 weights gathered and multiplied."""
+    """One token's experts at 2, 3 and 4 bits, and in bfloat16 multiplied in several ways."""
     torch.manual_seed(0)
     results = [{"shape": "x".join(map(str, shape)), **_times(*shape)} for shape in SHAPES]
     print(tabulate(results, "keys", floatfmt=".1f"))
@@ -81,14 +83,55 @@ def speed() -> list[dict[str, object]]:
 def _times(experts: int, n: int, k: int) -> dict[str, float]:
     dense = torch.randn(experts, n, k, device=timing.DEVICE).bfloat16()
     x = laplace(ROUTED, k).bfloat16()
-    # Other experts at each call, so that none is in a cache.
-    order = torch.randperm(experts, device=timing.DEVICE)
-    routes = list(order[: experts // ROUTED * ROUTED].split(ROUTED))
+    # Other experts at each call, of as many stacks as it takes that none is in a cache.
+    order = torch.randperm(experts)[: experts // ROUTED * ROUTED]
+    on_host = [route.sort().values for route in order.split(ROUTED)]
+    routes = [route.to(timing.DEVICE) for route in on_host]
 
-    def decode(stack: GrinqhTensor) -> list[Callable[[], object]]:
-        return [lambda r=r: ops.decode_experts(x, r, *arguments(stack)) for r in routes]
+    def decode(stack: GrinqhTensor, bits: float) -> list[Callable[[], object]]:
+        copies = timing.copies_for(len(order) * needed_bytes(n, k, bits))
+        stacks = [stack, *(stack.with_data(torch.clone) for _ in range(copies - 1))]
+        return [
+            lambda r=r, one=one: ops.decode_experts(x, r, *arguments(one))
+            for one in stacks
+            for r in routes
+        ]
 
-    candidates = {"bf16": [lambda r=r: torch.bmm(dense[r], x[:, :, None]) for r in routes]}
+    candidates = _in_bfloat16(dense, x, on_host, routes)
     for bits in (2, 3, 4):
-        candidates[f"grinqh {bits}"] = decode(stack_of(experts, n, k, bits))
+        candidates[f"grinqh {bits}"] = decode(stack_of(experts, n, k, bits), bits)
     return timing.compare(candidates)
+
+
+def _in_bfloat16(
+    dense: Tensor, x: Tensor, on_host: list[Tensor], routes: list[Tensor]
+) -> dict[str, list[Callable[[], object]]]:
+    """Ways to multiply each row of x [S, K] with its expert, out of dense [E, N, K].
+
+    Gathered as transformers' "batched_mm"; one by one without that copy, where the host knows the
+    routes, which it does not while decoding; grouped as transformers does by default.
+    """
+
+    def one_by_one(route: Tensor) -> Tensor:
+        rows = zip(route.tolist(), x, strict=True)
+        return torch.stack([torch.mv(dense[expert], row) for expert, row in rows])
+
+    ends = [
+        torch.bincount(route, minlength=len(dense)).cumsum(0).int().to(x.device)
+        for route in on_host
+    ]
+    candidates: dict[str, list[Callable[[], object]]] = {
+        "bf16, gathered": [lambda r=r: torch.bmm(dense[r], x[:, :, None]) for r in routes],
+        "bf16, one by one": [lambda r=r: one_by_one(r) for r in on_host],
+        "bf16, grouped": [lambda e=e: torch._grouped_mm(x, dense.mT, offs=e) for e in ends],
+    }
+    expected = candidates["bf16, gathered"][0]()[:, :, 0].float()
+    for name, calls in list(candidates.items()):
+        try:
+            found = calls[0]().reshape(expected.shape).float()
+        except RuntimeError as error:  # not for this GPU
+            print(f"{name}: {error}")
+            del candidates[name]
+        else:
+            assert (found - expected).abs().max() <= 0.02 * expected.abs().max(), name
+    return candidates

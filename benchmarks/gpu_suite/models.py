@@ -211,7 +211,16 @@ def measure(model_class: Any, config: Any) -> dict[str, Any]:
         finally:
             for model in models.values():
                 model.close()
+    result["problems"] = problems_of(result)
     return result
+
+
+def problems_of(result: dict[str, Any]) -> list[str]:
+    """What makes a run a failure. That another quantizer's model does not run here does not."""
+    ours = [name for name in result if name.startswith("grinqh")]
+    found = [f"{name}: {result[name]}" for name in ours if isinstance(result[name], str)]
+    same = result["same_tokens"].items()
+    return found + [f"{name}: other tokens" for name, is_same in same if not is_same]
 
 
 def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:

@@ -68,7 +68,8 @@ def decode_linear(
         for block in tile_blocks(tiles, len(channels) * groups * SCALE_GROUP):
             values = lookup(table, unpack([lines[block] for lines in read]))
             values = values.unflatten(2, (-1, SCALE_GROUP))  # [tiles, channels, groups, 64]
-            y[:, block] += torch.einsum("rk,tkg,tkgn->rtgn", active, scale[block], values)
+            with torch.autocast(x.device.type, enabled=False):
+                y[:, block] += torch.einsum("rk,tkg,tkgn->rtgn", active, scale[block], values)
     out = y.flatten(1)[:, :n] * row_scale_of(vectors, k).to(dtype)
     if bias is not None:
         out = out + bias.to(dtype)

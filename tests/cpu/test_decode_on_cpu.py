@@ -213,9 +213,25 @@ def test_what_does_not_fit_is_refused(machine):
         setattr(wide, name, getattr(wide, name).permute(1, 0, 2).flatten(1)[None])
     with pytest.raises(RuntimeError, match="tiles of 192 outputs: expected 64, 128, 256 or 512"):
         decoded(torch.randn(1, 40), wide)
+    for levels in ((8, 4), (0, 2, 2), (0, 3), (0, 10), (-2, 8), ()):
+        with pytest.raises(RuntimeError, match="level"):
+            ops.decode_linear(
+                torch.randn(1, 40), weight.slices, weight.scales, weight.vectors, None, None, levels
+            )
     stack = GrinqhTensor.stack([weight, weight])
     with pytest.raises(RuntimeError, match="expert 2: expected 0 to 1"):
         ExpertLinears(stack)(torch.randn(1, 1, 40), torch.tensor([[2]]))
+    with pytest.raises(RuntimeError, match="those of one weight"):
+        decoded(torch.randn(1, 40), stack)
+    x, chosen = torch.randn(3, 40), torch.tensor([0, 1, 0])
+    inner = stack.slices, stack.scales, stack.vectors
+    for wrong_x, wrong in ((x, chosen[:2]), (x[0], chosen), (x[:, None], chosen)):
+        with pytest.raises((RuntimeError, IndexError), match=r"expected x \[S, K\]"):
+            ops.decode_experts(wrong_x, wrong, *inner, stack.levels)
+    for i in range(3):
+        wrong = [data[:1] if j == i else data for j, data in enumerate(inner)]
+        with pytest.raises(RuntimeError, match="do not fit each other"):
+            ops.decode_experts(x, chosen, *wrong, stack.levels)
 
 
 @pytest.mark.parametrize(

@@ -318,3 +318,28 @@ def test_a_row_that_overflowed_leaves_the_others_alone():
 def test_arguments_need_not_be_contiguous():
     weight = GrinqhTensor.from_hp(torch.randn(300, 50))
     assert_decoded(laplace(50, 2).half().t(), weight)
+
+
+def test_what_does_not_fit_is_refused():
+    weight = GrinqhTensor.from_hp(torch.randn(70, 12))
+    x, bias = laplace(1, 12), torch.randn(70)
+    decode(x, weight, bias)
+    with pytest.raises(ValueError, match=r"x of shape \(1, 16\) does not fit"):
+        decode(laplace(1, 16), weight)
+    with pytest.raises(ValueError, match="70 outputs, or its bias"):
+        decode(x, weight, bias[:64])
+    for name, wrong in (
+        ("slices", weight.slices[:, :-1]),
+        ("scales", weight.scales[:, :-1]),
+        ("vectors", torch.cat([weight.vectors, torch.ones(60)])),
+        ("low", torch.zeros(11, dtype=torch.int32)),
+    ):
+        harmed = weight.with_data(lambda data: data)
+        setattr(harmed, name, wrong)
+        with pytest.raises(ValueError, match="does not fit"):
+            decode(x, harmed)
+    stack = GrinqhTensor.stack([weight, weight])
+    arguments = Weight(stack.slices, stack.scales, stack.vectors, None, None)
+    cut, counters = Configuration(chunk=16), torch.zeros(4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="or its bias, low or experts"):
+        launch(x, [arguments], stack.levels, cut, counters, torch.tensor([0, 1]))

@@ -28,6 +28,7 @@ from grinqh_ao.ops.triton.configurations import (
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
 from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel, memory_bytes
 from grinqh_ao.ops.triton.lists import entry_bytes
+from grinqh_ao.slices import FIELDS_PER_WORD
 from grinqh_ao.vectors import outputs_of
 
 LARGEST_MEAN_BLOCK = 8192
@@ -98,6 +99,29 @@ def decode_experts(x: Tensor, experts: Tensor, weights: Weight, levels: Sequence
     return launch(x, [weights], levels, chosen, arrivals(tiles, x.device), experts)[0]
 
 
+def check_shapes(
+    x: Tensor, weight: Weight, levels: Sequence[int], experts: Tensor | None = None
+) -> None:
+    """Raises ValueError for what would be read past its end: only addresses go further.
+
+    At every call, so by what is quick to ask.
+    """
+    slices, scales, _, bias, low = weight
+    k, n = x.shape[-1], outputs_of(weight.vectors, x.shape[-1])
+    if not (
+        scales.shape[-2] == k
+        and (low is not None or slices.numel() == 2 * levels[-1] * scales.numel())
+        and 0 < n <= slices.shape[-3] * slices.shape[-1] * FIELDS_PER_WORD
+        and (low is None or low.numel() == k)
+        and (bias is None or bias.numel() == n)
+        and (experts is None or experts.numel() * k == x.numel())
+    ):
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit a weight of slices {tuple(slices.shape)}, "
+            f"scales {tuple(scales.shape)} and {n} outputs, or its bias, low or experts do not"
+        )
+
+
 def form_of(x: Tensor, words: int) -> str:
     return "mma" if words >= 16 and x.dtype != torch.float32 else "fma"
 
@@ -120,6 +144,8 @@ def launch(
             multiplied with the one at experts[s].
         mean: float32 [rows] or None, as in the oracle.
     """
+    for weight in weights:
+        check_shapes(x, weight, levels, experts)
     k, words = x.shape[-1], weights[0].slices.shape[-1]
     rows = x.numel() // k if experts is None else 1
     slots = 1 if experts is None else len(experts)

@@ -87,12 +87,24 @@ struct Stored {
 void check_levels(const Levels& levels) {
   STD_TORCH_CHECK(!levels.empty() && levels.size() <= MOST_LEVELS, "expected 1 to ", MOST_LEVELS,
                   " levels");
+  int64_t last = -2;
+  for (const int64_t level : levels) {
+    STD_TORCH_CHECK(last < level && level <= 8 && level % 2 == 0, "level ", level,
+                    ": expected ascending ones of 0, 2, 4, 6 and 8");
+    last = level;
+  }
 }
 
 // Only addresses go further.
 void check_shapes(const Stored& weight, int64_t k, const Levels& levels) {
   const int64_t tile = weight.slices.size(-1) * FIELDS_PER_WORD, tiles = weight.slices.size(-3);
   const int64_t n = weight.n(), lines = levels.back() / 2 * k;
+  const int64_t stacked = weight.slices.dim() - 3;
+  STD_TORCH_CHECK(
+      weight.scales.dim() == 3 + stacked && weight.vectors.dim() == 1 + stacked &&
+          (stacked == 0 || (weight.scales.size(0) == weight.slices.size(0) &&
+                            weight.vectors.size(0) == weight.slices.size(0))),
+      "slices, scales and vectors do not fit each other");
   STD_TORCH_CHECK(tile == 64 || tile == 128 || tile == 256 || tile == 512, "slices of tiles of ",
                   tile, " outputs: expected 64, 128, 256 or 512");
   STD_TORCH_CHECK(weight.k() == k, "x has ", k, " channels, the weight ", weight.k());
@@ -146,6 +158,7 @@ std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
   std::vector<Weight> weights;
   for (Stored& weight : stored) {
     if (weight.n() <= 0) return {};
+    STD_TORCH_CHECK(weight.slices.dim() == 3, "slices do not fit: expected those of one weight");
     check_shapes(weight, k, levels);
     STD_TORCH_CHECK(!weight.mean || weight.mean->numel() == rows, "mean does not fit ", rows,
                     " rows");
@@ -192,6 +205,8 @@ Tensor decode_experts(const Tensor& given, const Tensor& experts, const Tensor& 
   const auto dtype = dtype_of(given);
   Stored stack{slices, scales, vectors};
   if (!dtype || given.numel() == 0 || stack.n() <= 0) return left_to_the_oracle();
+  STD_TORCH_CHECK(given.dim() == 2 && experts.numel() == given.size(0) && slices.dim() == 4,
+                  "expected x [S, K], experts [S] and a stack of weights");
   const int64_t tokens = given.size(0), k = given.size(1), n = stack.n();
   check_shapes(stack, k, levels);
   stack.make_contiguous(given.scalar_type());
@@ -218,6 +233,8 @@ void dequantize_into(const Tensor& slices, const Tensor& scales, const Tensor& v
   const auto dtype = dtype_of(out);
   Stored weight{slices, scales, vectors, {}, low};
   const int64_t k = weight.k(), tile = slices.size(2) * FIELDS_PER_WORD;
+  check_levels({stored});
+  check_levels({level});
   check_shapes(weight, k, {stored});
   STD_TORCH_CHECK(out.dim() == 2, "out does not fit the weight");
   const int64_t outputs = out.size(transposed ? 1 : 0), tiles = (outputs + tile - 1) / tile;
