@@ -51,11 +51,7 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
     if not x.is_floating_point():
         raise TypeError(f"input of dtype {x.dtype}: expected floating point")
     x = autocast(x)
-    if bias is not None:
-        outputs = outputs_of(weight.vectors, tiles[1])
-        if bias.shape != (outputs,):
-            raise ValueError(f"bias of shape {tuple(bias.shape)}: expected [{outputs}]")
-        bias = bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     start = first_decoded_row(x, bias)
     if start is None:
         return _dense(x, weight, bias)
@@ -80,7 +76,7 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
 def first_decoded_row(x: Tensor, bias: Tensor | None = None) -> int | None:
     """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
     # The decode ops have no gradient; the dense path does, for x and bias.
-    return None if wants_grad(x) or wants_grad(bias) else decode_rule.first_decoded_row(x)
+    return None if wants_grad(x, bias) else decode_rule.first_decoded_row(x)
 
 
 def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
@@ -97,7 +93,10 @@ def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
 
 
 def _dense(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None) -> Tensor:
-    wanted = wants_grad(x) or wants_grad(bias)
+    outputs = outputs_of(weight.vectors, weight.scales.shape[1])
+    if bias is not None and bias.numel() != outputs:  # when decoding, ops see to that
+        raise ValueError(f"bias of shape {tuple(bias.shape)}: expected [{outputs}]")
+    wanted = wants_grad(x, bias)
     if x.device.type == "cpu" and not wanted:  # in blocks; on GPUs compilers fuse more
         return ops.dense_linear(
             x,
@@ -156,12 +155,11 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def wants_grad(tensor: Tensor | None) -> bool:
+def wants_grad(x: Tensor, bias: Tensor | None = None) -> bool:
     """Backwards or forwards."""
-    if tensor is None:
-        return False
-    if tensor.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return True
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    given = [x] if bias is None else [x, bias]
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
