@@ -183,9 +183,8 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> None:
         )
     with torch._C.DisableTorchFunctionSubclass():
         func(weight, other)  # what the tensor presents itself as, but not what it holds
-    held = ("slices", "scales", "vectors", "curve", "low", "levels", "min_bits", "sharing")
-    for name in (*held, "_attributes"):
-        setattr(weight, name, getattr(other, name))
+    held = {name: getattr(other, name) for name in other.data_names}
+    GrinqhTensor.__init__(weight, **held, **other._attributes)
 
 
 @GrinqhTensor.implements_torch_function(

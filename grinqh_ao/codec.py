@@ -224,3 +224,10 @@ def _grid_index(u: Tensor, scale: Tensor) -> Tensor:
     """int32 [groups, 64, K]: position of u / scale on the grid over [-1, 1]."""
     inverse = _GRID * _reciprocal(scale)
     return (u * inverse[:, None]).add_(_GRID + 0.5).clamp_(0, 2 * _GRID).to(torch.int32)
+
+
+def narrowed(dense: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of a weight, in float32 or more, in ``dtype``; changes ``dense``."""
+    if dtype == torch.float16:  # rounding up must not turn its largest into infinity
+        dense.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return dense.to(dtype)

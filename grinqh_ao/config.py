@@ -73,7 +73,7 @@ class GrinqhConfig(AOBaseConfig):
         if calibration is not None:
             check_batches(calibration, name="calibration")
         # TorchAO's JSON knows Python's numbers only, and no tuples.
-        self.bits, self.head_bits = python_number(self.bits), python_number(self.head_bits)
+        self.bits, self.head_bits = _python_number(self.bits), _python_number(self.head_bits)
         self.levels = list(self.levels)
         self._calibration = calibration  # TorchAO saves no attribute with an underscore
         self._stored_bits = stored_bits
@@ -85,7 +85,7 @@ class GrinqhConfig(AOBaseConfig):
             check_bits(self.head_bits, ALL_LEVELS, name="head_bits")
 
 
-def python_number(value: Any) -> Any:
+def _python_number(value: Any) -> Any:
     """A number, be it one of NumPy's, as Python's; None as it is."""
     return value.item() if hasattr(value, "item") else value
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from grinqh_ao import decode_rule, ops
-from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
+from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup, narrowed
 from grinqh_ao.ops.dense_products import dense_product, product_dtype
-from grinqh_ao.ops.oracle import narrowed
 from grinqh_ao.slices import split, unpack_rows
 from grinqh_ao.torchao_tensor import GrinqhTensor
 from grinqh_ao.vectors import outputs_of

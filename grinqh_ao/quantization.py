@@ -8,7 +8,6 @@ work when the first module arrives. For the modules that follow nothing is left 
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections.abc import Iterable
@@ -171,15 +170,9 @@ def plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
             reasons[layer] = "it is the output head, and head_bits is None"
         else:
             todo[layer] = is_head
-    for layer in held_elsewhere(todo, owners):
+    for layer, reason in held_elsewhere(todo, owners).items():
         del todo[layer]
-        reasons[layer] = (
-            "after gc.freeze() it cannot be known whether other modules share its weight, to which "
-            "more refers than the model; call quantize_ before"
-            if gc.get_freeze_count()
-            else "it shares its weight with a module outside of what is being quantized; "
-            "give quantize_ the whole model"
-        )
+        reasons[layer] = reason
     for layer, reason in reasons.items():
         logger.warning("%s is left dense: %s", layer, reason)
     return todo

@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from grinqh_ao.config import GrinqhConfig
 from grinqh_ao.selection import Layer
 
+_SHARED = (
+    "it shares its weight with a module outside of what is being quantized; give quantize_ the "
+    "whole model"
+)
+_MAYBE_SHARED = (
+    "after gc.freeze() it cannot be known whether other modules share its weight, to which more "
+    "refers than the model; call quantize_ before"
+)
+
 # For every parameter, the (name, module) of all modules that hold it. Tensors hash by identity.
 Owners = dict[Tensor, list[tuple[str, nn.Module]]]
 
@@ -26,8 +35,8 @@ def owners_of_parameters(model: nn.Module) -> Owners:
     return owners
 
 
-def held_elsewhere(layers: Iterable[Layer], owners: Owners) -> list[Layer]:
-    """Layers whose weight is also a parameter of a module that ``owners`` does not know.
+def held_elsewhere(layers: Iterable[Layer], owners: Owners) -> dict[Layer, str]:
+    """Layers whose weight is also a parameter of a module that ``owners`` does not know, and why.
 
     Such a module exists when a part of a model is quantized, an output head, say. Only the
     garbage collector knows it; it is asked only about weights with more references than owners.
@@ -38,8 +47,10 @@ def held_elsewhere(layers: Iterable[Layer], owners: Owners) -> list[Layer]:
         if layer.weight is not None
         and _references(layer) > _references_of_one_owner() + len(owners.get(layer.weight, ()))
     ]
-    if not suspects or gc.get_freeze_count():  # it does not know what is frozen
-        return suspects
+    if gc.get_freeze_count():  # it does not know what is frozen
+        return dict.fromkeys(suspects, _MAYBE_SHARED)
+    if not suspects:
+        return {}
     weights = [layer.weight for layer in suspects]
     known = {id(module._parameters) for holders in owners.values() for _, module in holders}
     strangers = [
@@ -47,11 +58,11 @@ def held_elsewhere(layers: Iterable[Layer], owners: Owners) -> list[Layer]:
         for holder in gc.get_referrers(*weights)
         if isinstance(holder, dict) and id(holder) not in known and _belongs_to_a_module(holder)
     ]
-    return [
-        layer
+    return {
+        layer: _SHARED
         for layer in suspects
         if any(value is layer.weight for holder in strangers for value in holder.values())
-    ]
+    }
 
 
 def _references(layer: Layer) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -115,6 +119,21 @@ def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     after = snapshot(model)
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
+
+
+@contextmanager
+def interrupted(owner: object, name: str, call: int) -> Iterator[None]:
+    """Ctrl-C at a call of owner.name, the first being 1."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def stops(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, stops)
+        yield
 
 
 def two_layers() -> nn.Sequential:

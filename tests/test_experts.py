@@ -23,7 +23,7 @@ from grinqh_ao import (
 )
 from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.model import quantized_linears, quantized_modules
-from models import SMALL, layers_of, tiny_model
+from models import SMALL, interrupted, layers_of, tiny_model
 from test_generation import CountOps, generate
 
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]
@@ -279,22 +279,12 @@ def test_bits_of_a_stack(family):
         stack.calibrate(stack.curve[0])
 
 
-def test_going_on_after_an_interruption(family, monkeypatch):
+def test_going_on_after_an_interruption(family):
     """Between the projections of one layer's experts, which are calibrated all the same."""
-    model, made = tiny_model(family, tied=False), []
-
-    def stack(weights):
-        made.append(weights)
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        return original(weights)
-
-    original = GrinqhTensor.stack
+    model = tiny_model(family, tied=False)
     config = GrinqhConfig(bits=3, calibration=[torch.randint(0, 320, (4, 128))])
-    with monkeypatch.context() as patch:
-        patch.setattr(GrinqhTensor, "stack", stack)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_(model, config)
+    with interrupted(GrinqhTensor, "stack", call=2):
+        quantize_(model, config)
     held = model.model.layers[0].mlp.experts
     assert isinstance(held.gate_up_proj, ExpertLinears)
     assert isinstance(held.down_proj, nn.Parameter)

@@ -18,7 +18,14 @@ from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 import grinqh_ao
 from grinqh_ao import GrinqhConfig, GrinqhTensor, measure, set_bits, summary
 from grinqh_ao.model import quantized_linears
-from models import assert_unchanged, layers_of, snapshot, tiny_model, two_layers
+from models import (
+    assert_unchanged,
+    interrupted,
+    layers_of,
+    snapshot,
+    tiny_model,
+    two_layers,
+)
 
 
 def quantized(model: nn.Module) -> dict[str, GrinqhTensor]:
@@ -73,21 +80,11 @@ def test_going_on_where_calibration_failed(tmp_path):
     assert all(weight.curve is not None for weight in quantized(model).values())
 
 
-def test_going_on_where_quantizing_was_interrupted(monkeypatch, tmp_path):
-    model, made = tiny_model("llama", tied=False), []
-
-    def from_hp(weight, *arguments):
-        made.append(weight)
-        if len(made) == 6:
-            raise KeyboardInterrupt
-        return original(weight, *arguments)
-
-    original = GrinqhTensor.from_hp
+def test_going_on_where_quantizing_was_interrupted(tmp_path):
+    model = tiny_model("llama", tied=False)
     config = GrinqhConfig(bits=3, calibration=[torch.randint(0, 320, (4, 64))])
-    with monkeypatch.context() as patch:
-        patch.setattr(GrinqhTensor, "from_hp", from_hp)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_(model, config)
+    with interrupted(GrinqhTensor, "from_hp", call=6):
+        quantize_(model, config)
     assert len(quantized(model)) == 5
     model.save_pretrained(tmp_path)
     quantize_(model, config)

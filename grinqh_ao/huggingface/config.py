@@ -12,7 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grinqh_ao.checkpoint import FORMAT_VERSION, Attributes
-from grinqh_ao.config import GrinqhConfig, python_number
+from grinqh_ao.config import GrinqhConfig
 from grinqh_ao.errors import CheckpointError
 from grinqh_ao.grading import ALL_LEVELS, check_levels
 
@@ -66,11 +66,12 @@ class GrinqhHfConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config: {what!r} is none of GRINQH's settings")
         self.quant_method = QUANT_METHOD
         self.save_id = save_id
-        self.bits = python_number(bits)
+        self.bits = bits
         self.levels = list(check_levels(levels))
-        self.head_bits = python_number(head_bits)
+        self.head_bits = head_bits
         self.modules_to_not_convert = _names(modules_to_not_convert)
-        self.to_quantize()  # refuses what is out of range
+        checked = self.to_quantize()
+        self.bits, self.head_bits = checked.bits, checked.head_bits
         if weights is not None:
             if not isinstance(weights, Sequence) or not all(
                 isinstance(group, Mapping) for group in weights

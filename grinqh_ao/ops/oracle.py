@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup
+from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup, narrowed
 from grinqh_ao.grading import grade
 from grinqh_ao.ops.dense_products import dense_product, product_dtype
 from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, channels_of, tile_blocks, unpack
@@ -191,10 +191,3 @@ def dequantize(
             dense = dense.flatten(0, 1)[: rows.stop - rows.start].mul_(row_scale[rows, None])
             weight[rows][:, channels] = narrowed(dense, dtype)
     return weight
-
-
-def narrowed(dense: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of a weight, in float32 or more, in ``dtype``; changes ``dense``."""
-    if dtype == torch.float16:  # rounding up must not turn its largest into infinity
-        dense.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
-    return dense.to(dtype)
