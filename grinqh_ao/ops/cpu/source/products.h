@@ -26,6 +26,7 @@ inline Words high_halves(Words a, Words b) { return (a >> 16) | (b & 0xFFFF0000u
 // Entries that will be multiplied, and of which tile.
 struct Ahead {
   const List* list;
+  int lines;  // of an entry
   int64_t first;
   const uint32_t* tile;
   const uint8_t* scales;
@@ -35,33 +36,39 @@ struct Ahead {
     return tile + (int64_t)list->lines[first + entry] * WORDS;
   }
 
-  // Fetches one pass's share of an entry's lines, and with the first its scales, into the
-  // second-level cache. Cores can wait for only so many lines at a time, and stop when they want
-  // more; so fetching is spread evenly over the work. (GCC takes what only prefetches for a
-  // function without effects, and leaves it out if it is not inlined early.)
-  template <int WORDS, int LINES, int PASS>
-  __attribute__((always_inline)) void fetch(int64_t entry) const {
-    constexpr int BYTES = 4 * WORDS * LINES, PASSES = Shape<WORDS>::PASSES;
-    const auto* from = (const char*)line<WORDS>(entry);
-#pragma GCC unroll 8
-    for (int at = 0; at < BYTES; at += 64)
-      if (at * PASSES / BYTES == PASS) __builtin_prefetch(from + at, 0, 2);
-    constexpr int GROUPS = Shape<WORDS>::GROUPS;
-    if (PASS == 0 && GROUPS > 1)
-      __builtin_prefetch(scales + (int64_t)list->channels[first + entry] * GROUPS, 0, 2);
+  // Of an entry's bytes.
+  template <int WORDS>
+  int bytes() const {
+    return 4 * WORDS * lines;
   }
 
-  // All passes' shares at once.
-  template <int WORDS, int LINES, int PASS = 0>
-  __attribute__((always_inline)) void fetch_all(int64_t entry) const {
-    fetch<WORDS, LINES, PASS>(entry);
-    if constexpr (PASS + 1 < Shape<WORDS>::PASSES) fetch_all<WORDS, LINES, PASS + 1>(entry);
+  // As if lines began there.
+  Ahead from(int byte) const {
+    Ahead moved = *this;
+    moved.tile += byte / 4;
+    return moved;
+  }
+
+  // Fetches some of an entry's bytes, or also its scales, into the second-level cache. (GCC takes
+  // what only prefetches for a function without effects, and leaves it out if it is not inlined
+  // early.)
+  template <int WORDS, bool SCALES>
+  __attribute__((always_inline)) void fetch(int64_t entry) const {
+    __builtin_prefetch(line<WORDS>(entry), 0, 2);
+    constexpr int GROUPS = Shape<WORDS>::GROUPS;
+    if (SCALES && GROUPS > 1)
+      __builtin_prefetch(scales + (int64_t)list->channels[first + entry] * GROUPS, 0, 2);
   }
 };
 
-// Some entries of a list times x. On the way the lines of the block that comes `next` are fetched,
-// NEXT_LINES of each entry.
-template <int WORDS, int ROWS, int PARTS, bool PAIRS, int NEXT_LINES>
+constexpr int FETCHED_AT_ONCE = 64;  // bytes
+
+// What is fetched of an entry while some of the fields are multiplied. Cores can wait for only so
+// many lines at a time, and stop when they want more; so fetching is spread evenly over the work.
+enum class Fetch { NOTHING, SOME, FIRST };  // with the first bytes, scales
+
+// Some entries of a list times x. On the way those of the block that comes `next` are fetched.
+template <int WORDS, int ROWS, int PARTS, bool PAIRS>
 class Block {
   using S = Shape<WORDS>;
 
@@ -72,11 +79,11 @@ class Block {
   }
 
   // To sums [ROWS][fields][words], in lanes as they come.
-  template <int COLUMN = 0>
   void add(typename S::Sums* sums) {
-    gather(COLUMN);
-    add_fields_from<COLUMN, 0>(sums);
-    if constexpr (COLUMN + 1 < S::COLUMNS) add<COLUMN + 1>(sums);
+    for (int column = 0; column < S::COLUMNS; ++column) {
+      gather(column);
+      add_fields_from<0>(column, sums);
+    }
   }
 
  private:
@@ -102,7 +109,7 @@ class Block {
       for (int c = 0; c < S::STEP; ++c) {
         const int entry = step * S::CHANNELS + c % S::CHANNELS + (c < S::CHANNELS ? 0 : half);
         lines[c] = now.line<WORDS>(entry) + column * LANES;
-        if constexpr (S::PASSES == 1) next.fetch<WORDS, NEXT_LINES, 0>(entry);
+        if constexpr (S::PASSES == 1) next.fetch<WORDS, true>(entry);
       }
       const Words a = join<WORDS>(lines), b = join<WORDS>(lines + S::CHANNELS);
       if constexpr (PAIRS) {
@@ -120,27 +127,32 @@ class Block {
       }
     }
     if constexpr (S::PASSES == 1)
-      for (int e = 2 * half; e < S::BLOCK; ++e) next.fetch<WORDS, NEXT_LINES, 0>(e);
+      for (int e = 2 * half; e < S::BLOCK; ++e) next.fetch<WORDS, true>(e);
   }
 
-  template <int COLUMN, int FIRST>
-  void add_fields_from(typename S::Sums* sums) const {
-    constexpr bool FETCHES = S::PASSES > 1 && FIRST % 8 == 0;
-    add_fields<COLUMN, FIRST, FETCHES ? COLUMN * 2 + FIRST / 8 : -1>(sums);
-    if constexpr (FIRST + AT_ONCE < FIELDS_PER_WORD)
-      add_fields_from<COLUMN, FIRST + AT_ONCE>(sums);
+  template <int FIRST>
+  void add_fields_from(int column, typename S::Sums* sums) const {
+    const int pass = 2 * column + FIRST / 8, byte = pass * next.bytes<WORDS>() / S::PASSES;
+    if (S::PASSES == 1 || FIRST % 8 || byte % FETCHED_AT_ONCE)
+      add_fields<FIRST, Fetch::NOTHING>(column, next, sums);
+    else if (FIRST || column)
+      add_fields<FIRST, Fetch::SOME>(column, next.from(byte), sums);
+    else
+      add_fields<FIRST, Fetch::FIRST>(column, next, sums);
+    if constexpr (FIRST + AT_ONCE < FIELDS_PER_WORD) add_fields_from<FIRST + AT_ONCE>(column, sums);
   }
 
   // AT_ONCE fields of each word, from FIRST on.
-  template <int COLUMN, int FIRST, int PASS>
-  void add_fields(typename S::Sums* sums) const {
+  template <int FIRST, Fetch FETCH>
+  void add_fields(int column, const Ahead& fetched, typename S::Sums* sums) const {
     constexpr int PER_BYTE = FIELDS / 2;
+    constexpr bool SCALES = FETCH == Fetch::FIRST;
     constexpr Words MASK = Words{} + ((0x10001u << BITS) - 0x10001u);
     DotSums sum[ROWS][PARTS][AT_ONCE] = {};
     int step = 0;
     for (; step * S::STEP < size; ++step) {
-      if constexpr (PASS >= 0)
-        for (int e = 0; e < S::STEP; ++e) next.fetch<WORDS, NEXT_LINES, PASS>(step * S::STEP + e);
+      if constexpr (FETCH != Fetch::NOTHING)
+        for (int e = 0; e < S::STEP; ++e) fetched.fetch<WORDS, SCALES>(step * S::STEP + e);
 #pragma GCC unroll 16
       for (int i = 0; i < AT_ONCE; ++i) {
         const int place = (FIRST + i) % FIELDS, g = field(FIRST + i) * WORDS / SCALE_GROUP;
@@ -154,8 +166,8 @@ class Block {
         }
       }
     }
-    if constexpr (PASS >= 0)
-      for (int e = step * S::STEP; e < S::BLOCK; ++e) next.fetch<WORDS, NEXT_LINES, PASS>(e);
+    if constexpr (FETCH != Fetch::NOTHING)
+      for (int e = step * S::STEP; e < S::BLOCK; ++e) fetched.fetch<WORDS, SCALES>(e);
     for (int i = 0; i < AT_ONCE; ++i) {
       const int at = field(FIRST + i), g = at * WORDS / SCALE_GROUP;
       const float place = 1 / (float)(1 << (BITS * ((FIRST + i) % PER_BYTE)));
@@ -165,7 +177,7 @@ class Block {
         if constexpr (PARTS == 2)
           total += to_floats(sum[r][1][i].total()) * (1.0f / (1 << PART_BITS));
         const float offset = MIDDLE / S::CHANNELS * multipliers.total[r][g];
-        float* into = sums[r][at] + COLUMN * LANES;
+        float* into = sums[r][at] + column * LANES;
         store(into, load<Floats>(into) + (total * place - offset) * multipliers.unit[r][g]);
       }
     }
@@ -186,16 +198,13 @@ int64_t block_size(int64_t size) {
 template <int WORDS, int ROWS, int PARTS, bool PAIRS>
 void add_list(Ahead now, int64_t last, const Ahead& after, int64_t first_row,
               typename Shape<WORDS>::Sums* sums) {
-  constexpr int LINES = PAIRS ? 2 : 1, LINES_AFTER = PAIRS ? 1 : 2;
   const int64_t at_once = block_size<WORDS>(last - now.first);
   while (now.first < last) {
     const int size = (int)std::min(at_once, last - now.first);
     Ahead next = now;
     next.first += size;
-    if (next.first < last)
-      Block<WORDS, ROWS, PARTS, PAIRS, LINES>(now, size, next, first_row).add(sums);
-    else
-      Block<WORDS, ROWS, PARTS, PAIRS, LINES_AFTER>(now, size, after, first_row).add(sums);
+    Block<WORDS, ROWS, PARTS, PAIRS>(now, size, next.first < last ? next : after, first_row)
+        .add(sums);
     now = next;
   }
 }
@@ -204,13 +213,19 @@ void add_list(Ahead now, int64_t last, const Ahead& after, int64_t first_row,
 template <int WORDS, int ROWS, int PARTS>
 void add_products(const Call& call, const Unit& unit, bool fetched, const Unit* next_unit,
                   int64_t first_row, typename Shape<WORDS>::Sums* sums) {
-  const auto start = [&](const Unit& of, const List& list) {
-    return Ahead{&list, of.start(list), of.lines(), of.scales(call.k)};
+  const auto start = [&](const Unit& of, const List& list, int lines) {
+    return Ahead{&list, lines, of.start(list), of.lines(), of.scales(call.k)};
   };
-  const Ahead pairs = start(unit, unit.lists->pairs), singles = start(unit, unit.lists->singles);
-  const Ahead after = next_unit ? start(*next_unit, next_unit->lists->pairs) : singles;
-  if (!fetched)
-    for (int e = 0; e < Shape<WORDS>::BLOCK; ++e) pairs.fetch_all<WORDS, 2>(e);
+  const Ahead pairs = start(unit, unit.lists->pairs, 2);
+  const Ahead singles = start(unit, unit.lists->singles, 1);
+  const Ahead after = next_unit ? start(*next_unit, next_unit->lists->pairs, 2) : singles;
+  if (!fetched) {
+    for (int e = 0; e < Shape<WORDS>::BLOCK; ++e) {
+      pairs.fetch<WORDS, true>(e);
+      for (int byte = FETCHED_AT_ONCE; byte < pairs.bytes<WORDS>(); byte += FETCHED_AT_ONCE)
+        pairs.from(byte).fetch<WORDS, false>(e);
+    }
+  }
   add_list<WORDS, ROWS, PARTS, true>(pairs, unit.end(*pairs.list), singles, first_row, sums);
   add_list<WORDS, ROWS, PARTS, false>(singles, unit.end(*singles.list), after, first_row, sums);
 }
