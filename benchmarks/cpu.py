@@ -44,7 +44,7 @@ PROMPT_ROWS = (16, 64, 256)
 ROTATED = 160 << 20  # bytes of weights of each kind, several times a last-level cache
 COPIED = 256 << 20
 CALLS = 4
-LEAST_TURNS = 6
+MIN_TURNS = 6
 INT4_GROUP = 32
 Timed = dict[str, list[Callable[[], object]]]
 
@@ -58,7 +58,7 @@ def compare(timed: Timed, seconds: float) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in timed}
     shuffled = random.Random(0)
     turn, end = 0, time.perf_counter() + seconds
-    while time.perf_counter() < end or turn < LEAST_TURNS:
+    while time.perf_counter() < end or turn < MIN_TURNS:
         for name in shuffled.sample(list(timed), len(timed)):
             calls = timed[name]
             for i in range(CALLS + 1):

@@ -41,7 +41,7 @@ from grinqh_ao import (
     set_bits,
     token_batches,
 )
-from grinqh_ao.linear import decode_rows
+from grinqh_ao.linear import decode_each_row
 from grinqh_ao.model import quantized_linears
 from grinqh_ao.observing import Observer, observe
 from grinqh_ao.tails import Histogram, common_curves
@@ -247,7 +247,7 @@ def inputs_of(model: nn.Module, names: list[str], batches: list[Tensor]) -> dict
 
 def lost(nested: GrinqhTensor, dense: Tensor, x: Tensor) -> Tensor:
     """[tokens, N]: the full-precision product minus what decoding reads of it."""
-    return x @ dense.t() - decode_rows(x, nested, None)
+    return x @ dense.t() - decode_each_row(x, nested, None)
 
 
 EXPERIMENTS = {

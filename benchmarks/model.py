@@ -64,7 +64,7 @@ def model(form: str, name: str, n: int, k: int, bits: float) -> dict[str, object
     splits = -(-k // chunk)
     programs = tiles * splits
     block = triton.next_power_of_2(chunk)
-    mean_block = min(triton.next_power_of_2(k), decode.LARGEST_MEAN_BLOCK)
+    mean_block = min(triton.next_power_of_2(k), decode.MAX_MEAN_BLOCK)
     at_once = min(triton.next_power_of_2(splits), decode.SPLITS_AT_ONCE)
     job = aot.decode_job(form, 1, words, gpu.capability, block, chosen.few, mean_block, at_once)
     compiled = aot.report(job)

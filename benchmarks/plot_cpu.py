@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from plotting import COLOURS, FAINT, save
 
 PEERS = {"int8 (torchao, compiled)": (8, "s"), "int4 (PyTorch)": (4, "^")}
-LEAST_WEIGHTS = 1 << 22
+MIN_WEIGHTS = 1 << 22
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def draw(report: dict[str, Any], out: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     most = max(row["threads"] for row in report["layers"])
     rows = [row for row in report["layers"] if row["threads"] == most]
-    rows = [row for row in rows if row["shape"][0] * row["shape"][1] > LEAST_WEIGHTS]
+    rows = [row for row in rows if row["shape"][0] * row["shape"][1] > MIN_WEIGHTS]
     for colour, row in zip(COLOURS, rows, strict=False):
         us, name = row["us"], "x".join(map(str, row["shape"]))
         bits = sorted(float(key.split()[0]) for key in row["needed_bytes"])

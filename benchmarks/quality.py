@@ -136,7 +136,7 @@ def grinqh(model: nn.Module, batches: list, bits: list[float], table: Table) -> 
     set_bits(body, 3)
     prompt = table.full.input_ids.shape[1] // 2
     row = Row(f"GRINQH, calibrated, 3, after a dense prompt of {prompt}", "long prompt")
-    table.add(body, row, prompt=prompt)
+    table.add(body, row, dense_prefix=prompt)
 
     for stored in STORED_BITS:
         body, seconds = quantized(model)

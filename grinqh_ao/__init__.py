@@ -6,8 +6,10 @@
 >>> set_bits(model, 2.5)
 """
 
+# Imported for what they register: ATen ops, what torch.load may call, FSDP2's hooks.
 from grinqh_ao import aten_ops, checkpoint, gathering  # noqa: F401
-from grinqh_ao.calibration import calibrate, token_batches
+from grinqh_ao.batches import token_batches
+from grinqh_ao.calibration import calibrate
 from grinqh_ao.config import GrinqhConfig, all_but_head
 from grinqh_ao.decode_rule import decode_every_row
 from grinqh_ao.errors import CheckpointError

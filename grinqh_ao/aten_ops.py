@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from grinqh_ao.linear import embedding, linear
-from grinqh_ao.parts import part
+from grinqh_ao.shards import shard
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
@@ -92,7 +92,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
         return _alias(weight)
     if step != 1:
         raise TypeError(f"slice(step={step}) of a GrinqhTensor: expected a step of 1")
-    return part(weight, dim, start, stop)
+    return shard(weight, dim, start, stop)
 
 
 @GrinqhTensor.implements(aten.split.Tensor)
@@ -118,7 +118,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     weight, (outputs, inputs) = args
     if inputs != weight.shape[1]:
         raise TypeError(f"new_zeros({[outputs, inputs]}) of a GrinqhTensor {tuple(weight.shape)}")
-    return part(weight, 0, 0, outputs).with_data(torch.zeros_like)
+    return shard(weight, 0, 0, outputs).with_data(torch.zeros_like)
 
 
 @GrinqhTensor.implements(aten.as_strided.default)

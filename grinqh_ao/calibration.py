@@ -11,21 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grinqh_ao.batches import FIRST_POSITIONS, Batch, check_batches, token_batches
 from grinqh_ao.compact import ChannelUse, check_stored_bits
 from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.grading import check_bits, most_bits
-from grinqh_ao.model import is_in_parts, some_quantized_linears
-from grinqh_ao.observing import FIRST_POSITIONS, Batch, Layers, Observer, check_batch, observe
+from grinqh_ao.model import is_sharded, require_quantized_linears
+from grinqh_ao.observing import Layers, Observer, observe
 from grinqh_ao.tails import Histogram, common_curves
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
 
-SEQUENCE = 512
 # Importance makes no layer's thresholds larger or smaller than by this.
-MOST_UNEQUAL = 4.0
-# Of a token, on average: a longer text is not tokenized to its end.
-_MOST_CHARACTERS = 32
+MAX_UNIT_RATIO = 4.0
 
 
 def calibrate(
@@ -74,11 +72,12 @@ def calibrate(
         TypeError: ``data`` is neither texts nor batches.
         ValueError: nothing in ``model`` is quantized or a layer is offloaded to the meta device,
             an argument is out of range, texts come without a tokenizer, there is nothing to
-            count, the model gives no logits with gradients, no layer can be stored compactly, or
-            more ``bits`` are to be read than stored; the model is unchanged.
+            count, the model gives no logits with gradients or was made in inference mode (with
+            ``importance``), no layer can be stored compactly, more ``bits`` are to be read than
+            stored, or ``model`` is under tensor parallelism; it is unchanged.
     """
-    layers = some_quantized_linears(model)
-    if is_in_parts(model):
+    layers = require_quantized_linears(model)
+    if is_sharded(model):
         raise ValueError(
             "a model under tensor parallelism has only parts of its weights: calibrate it before"
         )
@@ -176,7 +175,7 @@ def _units(observers: Sequence[Observer]) -> list[float]:
     if not wanted:
         return [1.0] * len(observers)
     middle = statistics.median(wanted.values())
-    least, most = 1 / MOST_UNEQUAL, MOST_UNEQUAL
+    least, most = 1 / MAX_UNIT_RATIO, MAX_UNIT_RATIO
     return [min(max(wanted.get(o, middle) / middle, least), most) for o in observers]
 
 
@@ -202,7 +201,7 @@ def _channels_to_keep(
         wanted = weight.bits if bits is None else bits
         if wanted >= stored_bits:
             raise ValueError(f"bits={wanted:.4g}: expected less than stored_bits={stored_bits!r}")
-    some = [layer for layer in layers if layer[2] in observers]
+    some = [(name, module, weight) for name, module, weight in layers if weight in observers]
     observe(model, batches, some, observers, gradients=False)
     return {
         weight: observer.use.kept(stored_bits)
@@ -215,45 +214,12 @@ def _kept_before(weight: GrinqhTensor) -> Tensor | None:
     return None if weight.low is None else (weight.low >= 0).cpu()
 
 
-def token_batches(
-    texts: str | Sequence[str], tokenizer: Callable[..., Any], tokens: int = 4096
-) -> list[Tensor]:
-    """Texts as batches of token ids for :func:`calibrate`, int64 [1, 512] each.
-
-    Texts are put one after the other, up to ``tokens`` tokens; the last batch may be shorter.
-    """
-    texts = [texts] if isinstance(texts, str) else texts
-    ids: list[int] = []
-    for text in texts:
-        if len(ids) >= tokens:
-            break
-        ids += tokenizer(text[: tokens * _MOST_CHARACTERS])["input_ids"]
-    found = torch.tensor(ids[:tokens], dtype=torch.int64)
-    return [batch[None] for batch in found.split(SEQUENCE) if len(batch) > FIRST_POSITIONS]
-
-
-def check_batches(data: object, name: str = "data") -> None:
-    """Raises TypeError or ValueError unless ``data`` may be batches."""
-    if isinstance(data, str | bytes | Tensor | Mapping) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"{name} is a {type(data).__name__}: expected batches of token ids [B, S], or of "
-            "mappings with input_ids"
-        )
-    if isinstance(data, Sequence):
-        if not data:
-            raise ValueError(f"{name} is empty: expected batches of token ids [B, S]")
-        for batch in data:
-            check_batch(batch, name)
-
-
 def _batches(data: Any, tokenizer: Callable[..., Any] | None, tokens: int) -> Iterable[Batch]:
     if isinstance(data, Tensor | Mapping):
         data = [data]
     if isinstance(data, str) or (isinstance(data, Sequence) and data and isinstance(data[0], str)):
         if tokenizer is None:
             raise ValueError("tokenizer=None: expected the model's tokenizer, because data is text")
-        if not isinstance(tokens, int) or tokens <= FIRST_POSITIONS:
-            raise ValueError(f"tokens={tokens!r}: expected a whole number above {FIRST_POSITIONS}")
         return token_batches(data, tokenizer, tokens)
     check_batches(data)
     batches: Iterable[Batch] = data

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from grinqh_ao.codec import SCALE_GROUP
+from grinqh_ao.compact import levels_fit
 from grinqh_ao.errors import CheckpointError
 from grinqh_ao.grading import check_levels
-from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_LEVEL, HIGH_SLICES, TILE_WIDTHS
+from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_SLICES, TILE_WIDTHS
 from grinqh_ao.tails import check_curve
 from grinqh_ao.torchao_tensor import GrinqhTensor
 from grinqh_ao.vectors import join, outputs_of
@@ -219,8 +220,7 @@ def _check_shapes(
     if "low" in found:
         # As many as there are; they are counted with the values of low.
         least = HIGH_SLICES * k
-        levels = attributes.levels
-        if experts or HIGH_LEVEL not in levels or levels[-1] != 8 or attributes.min_bits:
+        if experts or not levels_fit(attributes.levels) or attributes.min_bits:
             raise CheckpointError(
                 f"{where}: low: only weights with levels 4 and 8 that are neither experts nor an "
                 "output head are stored compactly"

@@ -38,7 +38,7 @@ _GRID = 1000
 _GAINS = (0.85, 0.985, 1.0, 1.0)
 # Between these magnitudes every scale is a normal number.
 _TINY = 2.0**-100
-LARGEST = 2.0**100
+MAX_MAGNITUDE = 2.0**100
 _BLOCK_WEIGHTS = {"cpu": 1 << 18}
 _BLOCK_WEIGHTS_DEFAULT = 1 << 24
 
@@ -108,8 +108,8 @@ def check_values(weight: Tensor) -> None:
     smallest, largest = (bound.item() for bound in torch.aminmax(weight))  # NaN reaches both
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError("its weight has NaN or infinite values")
-    if max(-smallest, largest) > LARGEST:
-        raise ValueError(f"its weight has values beyond {LARGEST:.1e}, the largest supported")
+    if max(-smallest, largest) > MAX_MAGNITUDE:
+        raise ValueError(f"its weight has values beyond {MAX_MAGNITUDE:.1e}, the largest supported")
 
 
 def quantize(weight: Tensor, max_level: int = CODE_BITS) -> Quantized:
@@ -159,7 +159,7 @@ def sensitivity(scale_codes: Tensor, row_scale: Tensor) -> Tensor:
 
     Args:
         scale_codes: uint8 [tiles, K, tile / 64], see :func:`decode_scales`.
-        row_scale: bfloat16 [N].
+        row_scale: float32 or bfloat16 [N].
     """
     tiles, _, groups = scale_codes.shape
     # In units of the largest, so that squares neither overflow nor vanish.

@@ -6,6 +6,8 @@ size falls from 8 bits to little over 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ from grinqh_ao.grading import ALL_LEVELS, thresholds_for
 from grinqh_ao.slices import HIGH_LEVEL
 
 FULL_LEVEL = ALL_LEVELS[-1]
+
+
+def levels_fit(levels: Sequence[int]) -> bool:
+    """Whether weights with these levels can be stored compactly."""
+    return HIGH_LEVEL in levels and FULL_LEVEL in levels
 
 
 def check_stored_bits(stored_bits: object) -> None:
@@ -32,7 +39,7 @@ class ChannelUse:
     """
 
     def __init__(self, channels: int, bits: float) -> None:
-        above = [level > HIGH_LEVEL for level in ALL_LEVELS[1:]].index(True)
+        above = ALL_LEVELS.index(HIGH_LEVEL)  # of the thresholds: that of the next level
         # By the formula, in units of the token's mean |x|: near enough to put channels in order.
         self._threshold = thresholds_for(bits, ALL_LEVELS)[1, above].item()
         self._cost = torch.zeros(channels, dtype=torch.float64)

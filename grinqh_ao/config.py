@@ -10,8 +10,8 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from grinqh_ao.calibration import check_batches
-from grinqh_ao.compact import FULL_LEVEL, check_stored_bits
+from grinqh_ao.batches import check_batches
+from grinqh_ao.compact import FULL_LEVEL, check_stored_bits, levels_fit
 from grinqh_ao.grading import ALL_LEVELS, check_bits, check_levels
 from grinqh_ao.slices import HIGH_LEVEL
 
@@ -40,6 +40,10 @@ class GrinqhConfig(AOBaseConfig):
         stored_bits: store this many bits per weight, above 4 and below 8, instead of as many as the
             highest level: see :func:`grinqh_ao.calibrate`. Needs ``calibration``.
 
+    ``quantize_`` raises, before it changes anything, a TypeError where its filter selects other
+    modules than linear layers and experts, or weights of another dtype than float32, float16 and
+    bfloat16, and a ValueError for weights that are not finite, beyond 1.3e30 or on meta.
+
     Raises:
         TypeError: ``calibration`` is not batches.
         ValueError: a field is out of range, or ``stored_bits`` comes without ``calibration``, with
@@ -61,7 +65,7 @@ class GrinqhConfig(AOBaseConfig):
                     f"stored_bits={stored_bits!r} without calibration: expected batches, from "
                     "which the channels to keep are chosen"
                 )
-            if HIGH_LEVEL not in self.levels or FULL_LEVEL not in self.levels:
+            if not levels_fit(self.levels):
                 raise ValueError(
                     f"stored_bits={stored_bits!r} with levels {tuple(self.levels)}: expected "
                     f"{HIGH_LEVEL} and {FULL_LEVEL} among them"

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grinqh_ao.stepping import eagerly
+from grinqh_ao.eager import eagerly
 
-# From here on reading all bits once, for a dense product, is taken to be cheaper. To be replaced by
-# a measured crossover per GPU: see docs/kernel.md.
+# With more, reading all bits once, for a dense product, is taken to be cheaper (docs/kernel.md has
+# times). Kernels are made for as many: MAX_ROWS in ops.
 MAX_DECODED_TOGETHER = 8
 
 
@@ -45,8 +45,9 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
     """Applies the decode rule to every row by itself, in every quantized linear, in this thread.
 
     The results are those of token-by-token decoding after a prompt of ``dense_prefix`` tokens.
-    While it is active, compiled functions run eagerly, in all threads: compiled graphs do not
-    know of the switch.
+    Inputs that want gradients take the dense path even so: use it under ``torch.no_grad()``. While
+    it is active, compiled functions run eagerly, in all threads: compiled graphs do not know of the
+    switch.
 
     Args:
         dense_prefix: rows at the start of each sequence (dimension -2 of the inputs) that take
@@ -65,12 +66,18 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
         _switch.reset(token)
 
 
-def first_decoded_row(x: Tensor) -> int | None:
-    """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
-    rows = x.numel() // x.shape[-1]
+def note_sequence(x: Tensor) -> None:
+    """Tells experts how long sequences are, by the input [B, S, K] of a linear layer."""
     switch = _active()
     if switch is not None and x.dim() > 2:
         switch.sequence = x.shape[-2]
+
+
+def first_row_by_shape(x: Tensor) -> int | None:
+    """Rows of ``x`` [..., rows, K] from this index on are decoded, or none where it is None, if
+    nothing wants gradients (see :func:`grinqh_ao.linear.first_decoded_row`)."""
+    rows = x.numel() // x.shape[-1]
+    switch = _active()
     if rows == 1 or (switch is None and 1 < rows <= MAX_DECODED_TOGETHER):
         return 0
     if switch is None or x.dim() < 2 or rows == 0 or switch.prefix >= x.shape[-2]:

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torchao.quantization import quantize_
 
 from grinqh_ao import GrinqhConfig, set_bits, summary
-from grinqh_ao.errors import ModelNotFound
+from grinqh_ao.errors import ModelNotFoundError
 from grinqh_ao.evaluation import evaluate, reference
 from grinqh_ao.model import quantized_linears
 from grinqh_ao.running import (
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     """Everything but the table."""
     try:
         model, tokenizer = load(arguments.model)
-    except ModelNotFound as error:
+    except ModelNotFoundError as error:
         raise SystemExit(str(error)) from None
     name = SMOLLM2_NAME if arguments.model == SMOLLM2 else Path(arguments.model).name
     name += f", {str(model.dtype).removeprefix('torch.')}"

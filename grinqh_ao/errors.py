@@ -7,5 +7,5 @@ class CheckpointError(ValueError):
     """A saved model's files are not what they claim to be; the message names file and tensor."""
 
 
-class ModelNotFound(ValueError):
+class ModelNotFoundError(ValueError):
     """There is no such model."""

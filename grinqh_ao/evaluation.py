@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from grinqh_ao.batches import FIRST_POSITIONS
 from grinqh_ao.decode_rule import decode_every_row
 from grinqh_ao.metering import Measurement, measure
-from grinqh_ao.model import quantized_linears
+from grinqh_ao.model import is_quantized
 from grinqh_ao.observing import evaluating
 
 
@@ -88,7 +89,7 @@ def reference(
 
 
 def _cached(model: nn.Module, input_ids: Tensor, directory: Path) -> Sequence[Tensor]:
-    if any(True for _ in quantized_linears(model)):
+    if is_quantized(model):
         raise ValueError("cache: only the predictions of models in full precision are kept")
     from safetensors.torch import save_file
 
@@ -105,29 +106,33 @@ def _cached(model: nn.Module, input_ids: Tensor, directory: Path) -> Sequence[Te
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, reference: Reference, *, decode_rule: bool = True, prompt: int = 16
+    model: nn.Module,
+    reference: Reference,
+    *,
+    decode_rule: bool = True,
+    dense_prefix: int = FIRST_POSITIONS,
 ) -> Quality:
     """Compares ``model`` with a reference on the same text, one sequence at a time.
 
     With the decode rule, results are those of decoding token by token after a dense prefill of
-    ``prompt`` tokens: one pass, with every token graded by itself.
+    ``dense_prefix`` tokens: one pass, with every token graded by itself.
 
     Args:
         model: a causal language model of transformers, quantized or not.
         reference: from :func:`reference`, of the model before it was quantized.
-        decode_rule: read every token after the prompt as decoding does; False takes the dense path
+        decode_rule: read every token after the prefix as decoding does; False takes the dense path
             of prefill for all.
-        prompt: positions at the start of each sequence that take the dense path and are not
+        dense_prefix: positions at the start of each sequence that take the dense path and are not
             scored. At least some 16 are needed for figures that say something about generation:
             the first positions of a text draw massive activations, and are never decoded.
 
     Raises:
-        ValueError: ``prompt`` leaves no position with a next token to score.
+        ValueError: ``dense_prefix`` leaves no position with a next token to score.
     """
     ids = reference.input_ids
-    if not isinstance(prompt, int) or not 0 <= prompt < ids.shape[1] - 1:
+    if not isinstance(dense_prefix, int) or not 0 <= dense_prefix < ids.shape[1] - 1:
         raise ValueError(
-            f"prompt={prompt!r}: expected 0 to {ids.shape[1] - 2} "
+            f"dense_prefix={dense_prefix!r}: expected 0 to {ids.shape[1] - 2} "
             f"for sequences of {ids.shape[1]} tokens"
         )
     divergences, nll, agree = [], 0.0, 0.0
@@ -135,17 +140,17 @@ def evaluate(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if decode_rule:
-            stack.enter_context(decode_every_row(prompt))
-            if any(True for _ in quantized_linears(model)):
+            stack.enter_context(decode_every_row(dense_prefix))
+            if is_quantized(model):
                 measurement = stack.enter_context(measure(model))
         for row, expected in zip(_progress(ids), reference.log_probs, strict=True):
-            found = _log_probs(model, row)[prompt:]
-            expected = expected[prompt:].to(found.device)
+            found = _log_probs(model, row)[dense_prefix:]
+            expected = expected[dense_prefix:].to(found.device)
             terms = expected.exp() * (expected - found)
             # A token that the reference rules out adds nothing.
             divergences.append(terms.masked_fill(expected == -torch.inf, 0).sum(dim=-1))
             agree += (expected.argmax(dim=-1) == found.argmax(dim=-1)).sum().item()
-            nll -= found[:-1].gather(1, row[prompt + 1 :, None]).sum().item()
+            nll -= found[:-1].gather(1, row[dense_prefix + 1 :, None]).sum().item()
     kl = torch.cat(divergences).double()
     scored = len(kl) - len(ids)  # the last position of a sequence has no next token
     return Quality(

@@ -18,7 +18,7 @@ from grinqh_ao import ops
 from grinqh_ao.decode_rule import decoded_together
 from grinqh_ao.layers import GrinqhLinear, adopt
 from grinqh_ao.linear import Inner, first_decoded_row, transformed
-from grinqh_ao.model import some_quantized_linears
+from grinqh_ao.model import require_quantized_linears
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 logger = logging.getLogger("grinqh_ao")
@@ -46,7 +46,7 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
     Raises:
         ValueError: nothing in ``model`` is quantized.
     """
-    some_quantized_linears(model)
+    require_quantized_linears(model)
     fused = []
     for parent_name, parent in model.named_modules():
         for names in GROUPS:

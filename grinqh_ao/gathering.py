@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from grinqh_ao import vectors
-from grinqh_ao.parts import like
+from grinqh_ao.shards import like
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
 def pre_all_gather(
     mine: GrinqhTensor, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
 ) -> tuple[tuple[Tensor, ...], None]:
-    """What every rank has another part of."""
+    """The tensors to gather: those of which every rank has another part."""
     return (mine.slices, mine.scales, mine.vectors), None
 
 

@@ -79,7 +79,7 @@ def most_bits(levels: tuple[int, ...], curve: Tensor | None = None) -> float:
 
 
 def level_shares(bits: float, levels: tuple[int, ...] = ALL_LEVELS) -> dict[int, float]:
-    """The share of channels expected at each level, for the same activations."""
+    """The share of channels expected at each level, of activations that are Laplace distributed."""
     above = [math.exp(-t) for t in thresholds_for(bits, levels)[1].tolist()]
     return {
         level: more - less
@@ -158,7 +158,7 @@ def grade(
 
     Args:
         x: [..., K]; each row of K is graded against its own thresholds.
-        sensitivity: bfloat16 [K].
+        sensitivity: float32 or bfloat16 [K].
         thresholds: float32 [2, J].
         levels: J + 1, ascending.
         low: int32 [K] in compact storage: channels where it is negative have no low slices.

@@ -17,9 +17,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from torchao.quantization import quantize_
 
+from grinqh_ao.batches import FIRST_POSITIONS
 from grinqh_ao.config import GrinqhConfig
 from grinqh_ao.decode_rule import decode_every_row
-from grinqh_ao.model import quantized_linears, set_bits, summary
+from grinqh_ao.model import is_quantized, set_bits, summary
 
 
 @register_model("grinqh")
@@ -29,14 +30,14 @@ class GrinqhLM(HFLM):
     Texts are generated as ever, a dense prefill and then decoding, but one at a time whatever the
     batch size: texts that are decoded together share what is read, and read more than ``bits``.
     Likelihoods (multiple choice, perplexity) come from one pass with the decode rule on every
-    token after the first ``prompt``, as if each had been generated.
+    token after the first ``dense_prefix``, as if each had been generated.
 
     Args:
         pretrained: a hub id, a directory, or a model, quantized already or not.
         bits: average bits read per weight and token. None keeps those of a quantized model, and
             is 3 for others.
         head_bits: see :class:`grinqh_ao.GrinqhConfig`; only for models not quantized yet.
-        prompt: positions at the start of a text that take the dense path in likelihoods.
+        dense_prefix: positions at the start of a text that take the dense path in likelihoods.
         options: of ``HFLM``: ``tokenizer``, ``batch_size``, ``dtype``, ``device``, ``gguf_file``...
     """
 
@@ -45,21 +46,21 @@ class GrinqhLM(HFLM):
         pretrained: Any,
         bits: float | None = None,
         head_bits: float | None = 6.0,
-        prompt: int = 16,
+        dense_prefix: int = FIRST_POSITIONS,
         **options: Any,
     ) -> None:
         config = GrinqhConfig(bits=3.0 if bits is None else bits, head_bits=head_bits)
-        if not isinstance(prompt, int) or prompt < 0:
-            raise ValueError(f"prompt={prompt!r}: expected a whole number, 0 or more")
+        if not isinstance(dense_prefix, int) or dense_prefix < 0:
+            raise ValueError(f"dense_prefix={dense_prefix!r}: expected a whole number, 0 or more")
         super().__init__(pretrained=pretrained, **options)
-        self.prompt = prompt
-        if not any(True for _ in quantized_linears(self.model)):
+        self.dense_prefix = dense_prefix
+        if not is_quantized(self.model):
             quantize_(self.model, config)
         elif bits is not None:
             set_bits(self.model, bits)
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.no_grad(), decode_every_row(self.prompt):
+        with torch.no_grad(), decode_every_row(self.dense_prefix):
             logits: Tensor = super()._model_call(inps, *args, **kwargs)
         return logits
 
@@ -81,7 +82,10 @@ class GrinqhLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
         info: dict[str, Any] = super().get_model_info()
-        return info | {"grinqh_bits": summary(self.model).bits, "grinqh_prompt": self.prompt}
+        return info | {
+            "grinqh_bits": summary(self.model).bits,
+            "grinqh_dense_prefix": self.dense_prefix,
+        }
 
 
 if __name__ == "__main__":

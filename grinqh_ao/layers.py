@@ -50,7 +50,7 @@ class GrinqhLinear(nn.Linear):
             found = None if torch.compiler._is_exporting_flag else self._inner
         else:
             found = self._in_weight()
-            if found is not self._inner is not None:
+            if self._inner is not None and found is not self._inner:
                 self._inner = None  # someone works behind this layer's back
         return None if found is None else Inner(*(found[name] for name in Inner._fields))
 

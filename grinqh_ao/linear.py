@@ -51,6 +51,7 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
         raise TypeError(f"input of dtype {x.dtype}: expected floating point")
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
+    decode_rule.note_sequence(x)
     start = first_decoded_row(x, bias)
     if start is None:
         return _dense(x, weight, bias)
@@ -66,7 +67,7 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
             weight.shared_mean(x),
         )
     assert isinstance(weight, GrinqhTensor), "layers hand over what they decode together"
-    decoded = decode_rows(x[..., start:, :], weight, bias)
+    decoded = decode_each_row(x[..., start:, :], weight, bias)
     if start == 0:
         return decoded
     return torch.cat([_dense(x[..., :start, :], weight, bias), decoded], dim=-2)
@@ -75,10 +76,10 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
 def first_decoded_row(x: Tensor, bias: Tensor | None = None) -> int | None:
     """Rows of ``x`` [..., rows, K] from this index on are decoded; None when none is."""
     # The decode ops have no gradient; the dense path does, for x and bias.
-    return None if wants_grad(x, bias) else decode_rule.first_decoded_row(x)
+    return None if wants_grad(x, bias) else decode_rule.first_row_by_shape(x)
 
 
-def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
+def decode_each_row(x: Tensor, weight: GrinqhTensor, bias: Tensor | None) -> Tensor:
     """The decode rule on every row by itself: a dense product per level, in float32 or more."""
     bits = weight.grade(x)
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from grinqh_ao import decode_rule
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.decode_rule import decoded_together, decoded_tokens
+from grinqh_ao.eager import eagerly
 from grinqh_ao.experts import ExpertLinears
-from grinqh_ao.linear import first_decoded_row
-from grinqh_ao.model import quantized_modules
-from grinqh_ao.stepping import eagerly
+from grinqh_ao.linear import first_decoded_row, wants_grad
+from grinqh_ao.model import quantized_modules, require_quantized_linears
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
@@ -237,6 +237,7 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     Raises:
         ValueError: nothing in ``model`` is quantized.
     """
+    require_quantized_linears(model)
     measurement = Measurement()
     handles = []
     for name, module, weight in quantized_modules(model):
@@ -244,8 +245,6 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
         count = _count_experts if isinstance(module, ExpertLinears) else _count
         hook = functools.partial(_if_of_thread, threading.get_ident(), count, counter, weight)
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    if not handles:
-        raise ValueError(f"model={type(model).__name__}: no layer is quantized, nothing to measure")
     try:
         with eagerly():
             yield measurement
@@ -269,7 +268,7 @@ def _count(
     x = args[0] if args else kwargs["input"]
     start = first_decoded_row(x, module.bias)
     if start is None:
-        if decode_rule.first_decoded_row(x) is not None:
+        if decode_rule.first_row_by_shape(x) is not None:
             counter.tokens_with_gradient += 1
         return
     rows = x.detach()[..., start:, :] if x.dim() > 1 else x.detach()[None]
@@ -290,7 +289,7 @@ def _count_experts(
     decoded = decoded_tokens(len(experts))
     if decoded is False:
         return
-    if x.requires_grad and torch.is_grad_enabled():
+    if wants_grad(x):
         counter.tokens_with_gradient += 1
         return
     if isinstance(decoded, Tensor):

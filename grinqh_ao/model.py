@@ -55,7 +55,12 @@ def _with_data(
     return weight
 
 
-def some_quantized_linears(model: nn.Module) -> list[tuple[str, nn.Module, GrinqhTensor]]:
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a weight in ``model`` is quantized by GRINQH."""
+    return next(quantized_modules(model), None) is not None
+
+
+def require_quantized_linears(model: nn.Module) -> list[tuple[str, nn.Module, GrinqhTensor]]:
     """:func:`quantized_linears`; raises ValueError if there is none."""
     layers = list(quantized_linears(model))
     if not layers:
@@ -66,8 +71,8 @@ def some_quantized_linears(model: nn.Module) -> list[tuple[str, nn.Module, Grinq
     return layers
 
 
-def is_in_parts(model: nn.Module) -> bool:
-    """Whether this process has parts of weights only, by transformers' tensor parallelism."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process has shards of weights, by transformers' tensor parallelism."""
     return getattr(model, "_mesh_manager", None) is not None
 
 
@@ -88,7 +93,7 @@ def set_bits(model: nn.Module, bits: float) -> None:
         ValueError: nothing in ``model`` is quantized, or ``bits`` is out of range for a layer;
             the model is unchanged.
     """
-    layers = some_quantized_linears(model)
+    layers = require_quantized_linears(model)
     for name, _, weight in layers:
         weight.check_bits(bits, name=f"bits of {name or 'the layer'}")
     with changing(model):

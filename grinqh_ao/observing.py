@@ -11,17 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from grinqh_ao.batches import FIRST_POSITIONS, Batch, check_batch
 from grinqh_ao.codec import decode_scales
 from grinqh_ao.compact import ChannelUse
+from grinqh_ao.eager import eagerly
 from grinqh_ao.experts import ExpertLinears
-from grinqh_ao.stepping import eagerly
 from grinqh_ao.tails import Histogram
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
-# The first positions of a text attract massive activations, and take the dense path as a prompt.
-FIRST_POSITIONS = 16
-
-Batch = Tensor | Mapping[str, Any]
 # As model.quantized_linears gives them.
 Layers = list[tuple[str, nn.Module, GrinqhTensor]]
 
@@ -90,7 +87,7 @@ def observe(
         gradients: also find out what errors cost, by a backward pass for each batch.
 
     Raises:
-        TypeError: a batch is none.
+        TypeError: an element of ``batches`` is no batch.
         ValueError: ``gradients``, and the model returns no logits, or none with a gradient.
     """
     positions = _Positions()
@@ -126,16 +123,6 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def check_batch(batch: object, name: str = "data") -> None:
-    """Raises TypeError unless ``batch`` is token ids [B, S], or a mapping with such input_ids."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        what = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
-        raise TypeError(
-            f"{name} has a batch of {what}: expected token ids [B, S], or a mapping with input_ids"
-        )
 
 
 class _Positions:

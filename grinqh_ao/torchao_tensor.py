@@ -16,12 +16,14 @@ from torchao.utils import TorchAOBaseTensor
 
 from grinqh_ao import ops
 from grinqh_ao.codec import (
+    CODE_BITS,
     SCALE_GROUP,
     check_values,
     default_gains,
     quantize,
     sensitivity,
 )
+from grinqh_ao.compact import levels_fit
 from grinqh_ao.grading import (
     ALL_LEVELS,
     bits_of,
@@ -33,7 +35,6 @@ from grinqh_ao.grading import (
 )
 from grinqh_ao.slices import (
     FIELDS_PER_WORD,
-    HIGH_LEVEL,
     drop_low,
     pack,
     tile_width,
@@ -73,7 +74,8 @@ class GrinqhTensor(TorchAOBaseTensor):
         slices: int32 [tiles, lines, tile / 16], the codes cut into 2-bit slices (:mod:`.slices`).
         scales: uint8 [tiles, K, tile / 64], logarithmic scales of 64 outputs of one channel.
         vectors: float32 [L], thresholds, gains, sensitivity and row_scale (:mod:`.vectors`).
-        curve: float32 [387] where calibrated, else None (see :mod:`.tails`).
+        curve: float32 [387], or [772] in compact storage, where calibrated, else None (see
+            :mod:`.tails`).
         low: int32 [K] in compact storage, which channels have low slices; else None.
 
     Attributes:
@@ -206,7 +208,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         n, k = weight.shape
         tile = tile_width(n)
         codes, scale_codes, row_scale = quantize(weight, max_level=levels[-1])
-        codes >>= 8 - levels[-1]
+        codes >>= CODE_BITS - levels[-1]
         tiles, groups = -(-n // tile), tile // SCALE_GROUP
         scale_codes = F.pad(scale_codes, (0, 0, 0, tiles * groups - scale_codes.shape[0]))
         return cls(
@@ -294,8 +296,7 @@ class GrinqhTensor(TorchAOBaseTensor):
     @property
     def can_be_compact(self) -> bool:
         """Whether low slices may be dropped: not of output heads, which need them all."""
-        levels_fit = HIGH_LEVEL in self.levels and self.levels[-1] == 8
-        return levels_fit and not self.min_bits and self.low is None
+        return levels_fit(self.levels) and not self.min_bits and self.low is None
 
     @property
     def bits(self) -> float:
@@ -332,7 +333,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         """The dense weight, [N, K] or [E, N, K], as read at ``level`` (default: the highest).
 
         Raises:
-            ValueError: ``level`` is none, or more than is stored.
+            ValueError: ``level`` is not one of 0, 2, 4, 6 and 8, or more than is stored.
         """
         level = self.levels[-1] if level is None else level
         if level not in ALL_LEVELS or level > self.levels[-1]:
@@ -379,7 +380,7 @@ class GrinqhTensor(TorchAOBaseTensor):
         return sum(getattr(self, name).nbytes for name in self.data_names)
 
     def with_data(self, function: Callable[[Tensor], Tensor], **attributes: Any) -> GrinqhTensor:
-        """A tensor like this one, but for ``attributes``, of ``function`` of all its data."""
+        """This weight with ``function`` applied to all its data, and ``attributes`` replaced."""
         data: dict[str, Any] = {name: function(getattr(self, name)) for name in self.data_names}
         return GrinqhTensor(**data, **(self._attributes | attributes))
 

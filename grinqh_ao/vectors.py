@@ -4,7 +4,7 @@
 
 where thresholds have room for J = 4, and K for a multiple of 4, so that each part begins at 16
 bytes. One, because compiled models check and unwrap every inner tensor of every weight at every
-step. All functions take stacks [E, ...] of vectors too, and return views.
+step. All functions take stacks [E, ...] of vectors too; slices of a vector are views of it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_STEPS = 4
+MAX_STEPS = 4
 NUM_GAINS = 4
-GAINS_AT = 2 * MOST_STEPS
+GAINS_AT = 2 * MAX_STEPS
 SENSITIVITY_AT = GAINS_AT + NUM_GAINS
 
 

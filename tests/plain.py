@@ -61,10 +61,10 @@ def levels_of(x: Tensor, weight: GrinqhTensor) -> list[int]:
 
 def decode(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:
     """float64 [N] for one row x [K]."""
-    return decode_rows(x[None], weight, bias)[0]
+    return decode_together(x[None], weight, bias)[0]
 
 
-def decode_rows(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:
+def decode_together(x: Tensor, weight: GrinqhTensor, bias: Tensor | None = None) -> Tensor:
     """float64 [R, N] for rows x [R, K] that are decoded together."""
     levels = [max(row) for row in zip(*(levels_of(row, weight) for row in x), strict=True)]
     effective = torch.zeros(weight.shape, dtype=torch.float64)

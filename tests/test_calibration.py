@@ -9,7 +9,7 @@ from torchao.quantization import quantize_
 
 import grinqh_ao
 from grinqh_ao import GrinqhConfig, calibrate, decode_every_row, measure, set_bits, summary
-from grinqh_ao.calibration import token_batches
+from grinqh_ao.batches import token_batches
 from grinqh_ao.model import quantized_linears
 from models import tiny_model
 

@@ -44,7 +44,7 @@ def test_linear_is_the_plain_rule(n, k, share, rows):
     weight = compact_weight(n, k, share)
     x = torch.distributions.Laplace(0.0, 1.0).sample((rows, k))
     if rows <= 8:
-        expected = plain.decode_rows(x, weight)
+        expected = plain.decode_together(x, weight)
     else:
         expected = x.double() @ plain.dense_at(weight, 8).t()
     error = (F.linear(x, weight).double() - expected).abs().max()

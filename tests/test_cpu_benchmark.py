@@ -41,7 +41,7 @@ def test_layers_and_their_picture(monkeypatch, tmp_path):
         assert row["needed_bytes"]["8 bits"] == pytest.approx(n * k * (1 + 1 / 64), rel=0.02)
         assert row["needed_bytes"]["2 bits"] < row["needed_bytes"]["4 bits"]
     plot_cpu = pytest.importorskip("plot_cpu", exc_type=ImportError)  # needs matplotlib
-    monkeypatch.setattr(plot_cpu, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(plot_cpu, "MIN_WEIGHTS", 0)
     plot_cpu.draw({"machine": "a CPU; versions", "layers": rows}, tmp_path / "cpu.svg")
     assert (tmp_path / "cpu.svg").stat().st_size > 10_000
 

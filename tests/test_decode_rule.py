@@ -60,7 +60,9 @@ def test_by_itself_and_together():
     weight = GrinqhTensor.from_hp(torch.randn(96, 40), bits=2)
     x = torch.distributions.Laplace(0.0, 1.0).sample((4, 40))
     together = F.linear(x, weight)
-    torch.testing.assert_close(together.double(), plain.decode_rows(x, weight), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        together.double(), plain.decode_together(x, weight), rtol=0, atol=1e-4
+    )
     with decode_every_row():
         alone = F.linear(x, weight)
     expected = torch.stack([plain.decode(row, weight) for row in x])
@@ -71,8 +73,8 @@ def test_by_itself_and_together():
 def test_experts_know_where_sequences_begin_whatever_a_router_sees():
     """Routers may be given all tokens of a batch in one row, as experts are."""
     with decode_every_row(dense_prefix=2):
-        decode_rule.first_decoded_row(torch.empty(2, 6, 40))
-        decode_rule.first_decoded_row(torch.empty(12, 40))
+        decode_rule.note_sequence(torch.empty(2, 6, 40))
+        decode_rule.note_sequence(torch.empty(12, 40))
         assert decode_rule.decoded_tokens(12).tolist() == [False, False, *[True] * 4] * 2
 
 

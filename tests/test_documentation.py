@@ -25,7 +25,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from test_cli import grinqh
 
 import models
-from grinqh_ao.errors import ModelNotFound
+from grinqh_ao.errors import ModelNotFoundError
 from grinqh_ao.running import SMOLLM2, load, smollm2_file
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def test_every_code_block_runs(page, tmp_path, monkeypatch):
     if page.stem == "examples":
         try:
             smollm2_file()
-        except ModelNotFound as missing:
+        except ModelNotFoundError as missing:
             if os.environ.get("CI"):
                 raise
             pytest.skip(str(missing))

@@ -16,7 +16,7 @@ def ids() -> torch.Tensor:
 
 def test_a_model_equals_itself(family, ids):
     model = tiny_model(family, tied=False)
-    found = evaluate(model, reference(model, ids), prompt=4)
+    found = evaluate(model, reference(model, ids), dense_prefix=4)
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.agreement == 1
     assert found.positions == 3 * 16
@@ -28,7 +28,7 @@ def test_formulas(family, ids, decode_rule):
     model = tiny_model(family, tied=False)
     full = reference(model, ids)
     quantize_(model, GrinqhConfig(bits=2))
-    found = evaluate(model, full, decode_rule=decode_rule, prompt=4)
+    found = evaluate(model, full, decode_rule=decode_rule, dense_prefix=4)
     if decode_rule:
         with decode_every_row(4):
             logits = model(ids).logits
@@ -53,7 +53,7 @@ def test_it_is_decoding_token_by_token_after_a_dense_prefill(family, ids):
     model = tiny_model(family, tied=False)
     full = reference(model, ids)
     quantize_(model, GrinqhConfig(bits=2.5))
-    found = evaluate(model, full, prompt=10)
+    found = evaluate(model, full, dense_prefix=10)
     divergences = []
     for row, expected in zip(ids, full.log_probs, strict=True):
         prefill = model(row[None, :10], use_cache=True)
@@ -112,7 +112,7 @@ def test_references_of_adapters_and_buffers_are_kept_apart(ids, tmp_path):
 
 def test_dropout_is_off(ids):
     model = tiny_model("phi", tied=False, resid_pdrop=0.3).train()
-    assert evaluate(model, reference(model, ids), prompt=4).kl == pytest.approx(0, abs=1e-6)
+    assert evaluate(model, reference(model, ids), dense_prefix=4).kl == pytest.approx(0, abs=1e-6)
     assert model.training
 
 
@@ -137,12 +137,12 @@ def test_more_bits_are_closer(family, ids):
 @pytest.mark.parametrize("prompt", [0, 18])
 def test_first_and_last_prompt_that_leave_something_to_score(ids, prompt):
     model = tiny_model("llama", tied=False)
-    found = evaluate(model, reference(model, ids), prompt=prompt)
+    found = evaluate(model, reference(model, ids), dense_prefix=prompt)
     assert found.positions == len(ids) * (20 - prompt)
 
 
 @pytest.mark.parametrize("prefix", [-1, 19, 20, 4.0])
 def test_bad_prefix(ids, prefix):
     model = tiny_model("llama", tied=False)
-    with pytest.raises(ValueError, match=f"prompt={prefix}: expected 0 to 18"):
-        evaluate(model, reference(model, ids), prompt=prefix)
+    with pytest.raises(ValueError, match=f"dense_prefix={prefix}: expected 0 to 18"):
+        evaluate(model, reference(model, ids), dense_prefix=prefix)

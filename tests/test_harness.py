@@ -64,7 +64,7 @@ def test_a_batch_generates_what_its_texts_do_alone():
 
 def test_likelihoods_are_those_of_the_decode_rule():
     dense = tiny_model("llama", tied=False)
-    model = adapter(dense, bits=2, prompt=4)
+    model = adapter(dense, bits=2, dense_prefix=4)
     ids = torch.randint(0, 320, (2, 30))
     found = model._model_call(ids)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_quantized_model_is_taken_as_it_is():
     assert weight.bits == pytest.approx(3, abs=1e-3)
 
 
-@pytest.mark.parametrize("bad", [{"bits": 9}, {"prompt": -1}, {"head_bits": 0}])
+@pytest.mark.parametrize("bad", [{"bits": 9}, {"dense_prefix": -1}, {"head_bits": 0}])
 def test_bad_arguments(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}="):
         adapter(tiny_model("llama", tied=False), **bad)

@@ -8,7 +8,7 @@ import torch
 from torchao.quantization import quantize_
 
 from grinqh_ao import GrinqhConfig, calibrate, demo, measure, running, set_bits
-from grinqh_ao.errors import ModelNotFound
+from grinqh_ao.errors import ModelNotFoundError
 from grinqh_ao.evaluation import evaluate, reference
 
 
@@ -16,7 +16,7 @@ from grinqh_ao.evaluation import evaluate, reference
 def loaded():
     try:
         return running.load(running.SMOLLM2)
-    except ModelNotFound as missing:
+    except ModelNotFoundError as missing:
         if os.environ.get("CI"):  # there, make has installed it: the claims must be tested
             raise
         pytest.skip(str(missing))

@@ -13,9 +13,9 @@ from torchao.quantization import quantize_
 
 import grinqh_ao
 from grinqh_ao import GrinqhConfig, GrinqhTensor, guard_steps, measure, set_bits
+from grinqh_ao.eager import eagerly
 from grinqh_ao.model import quantized_linears
 from grinqh_ao.ops.cpu import build
-from grinqh_ao.stepping import eagerly
 from models import tiny_model
 
 

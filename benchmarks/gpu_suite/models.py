@@ -32,7 +32,7 @@ PROMPT = 32
 CALIBRATION = 256
 ROUNDS = 2
 PROFILED_TOKENS = 16
-MOST_KERNELS = 12
+MAX_KERNELS = 12
 
 
 def llama() -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Model:
         kind = "self_device_time_total" if timing.DEVICE == "cuda" else "self_cpu_time_total"
         events = profiler.profile.key_averages()
         times = {e.key: getattr(e, kind) / profiler.tokens for e in events}
-        longest = sorted(times, key=lambda name: -times[name])[:MOST_KERNELS]
+        longest = sorted(times, key=lambda name: -times[name])[:MAX_KERNELS]
         return {"all": sum(times.values())} | {name[:120]: times[name] for name in longest}
 
     def read(self, bits: float | None) -> None:

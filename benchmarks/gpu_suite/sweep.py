@@ -24,7 +24,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "many": {"few": False},
 }
 CHANGES: dict[str, dict[str, Any]] = {
-    **{f"unseen {channels}": {"unseen": channels} for channels in (0, 32, 128)},
+    **{f"speculative {channels}": {"speculative": channels} for channels in (0, 32, 128)},
     "registers 128": {"registers": 128},
     "registers free": {"registers": None},
     "not early": {"early": False},

@@ -18,7 +18,7 @@ DEVICE = "cuda"  # the tests run all of this on a CPU, for its Python
 # Weights that are read between two reads of the same one: far beyond any cache.
 ROTATION_BYTES = 400 << 20
 REPETITIONS = 15
-MOST_WORKERS = 14  # each with a CUDA context of its own
+MAX_WORKERS = 14  # each with a CUDA context of its own
 
 
 def wait() -> None:
@@ -30,7 +30,7 @@ def spread(function: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
     """[function(job) for job in jobs], several at a time: most of it is compiling kernels."""
     if DEVICE != "cuda":
         return [function(job) for job in jobs]
-    workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 1, len(jobs)))
+    workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) - 1, len(jobs)))
     # A fork has all imports done already, but CUDA must not have been begun before it.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:

@@ -65,7 +65,7 @@ def evaluate(
     from grinqh_ao import reference as predictions
     from grinqh_ao.evaluation import Quality
     from grinqh_ao.grading import ALL_LEVELS, check_bits
-    from grinqh_ao.model import quantized_linears
+    from grinqh_ao.model import is_quantized
     from grinqh_ao.running import describe_machine, english_prose, load, token_rows
 
     wanted = numbers(bits, "--bits")
@@ -92,7 +92,7 @@ def evaluate(
             )
         )
 
-    quantized = any(True for _ in quantized_linears(found))
+    quantized = is_quantized(found)
     if against is not None:
         original, _ = load(against, dtype=dtype)
         full = predictions(original, ids)

@@ -5,28 +5,41 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from grinqh_ao.cli.options import Json
 
+AnyRow = TypeVar("AnyRow", "Row", "DenseRow")
+
 
 @dataclass(frozen=True)
 class Row:
-    """A weight, or several of the same kind."""
+    """A quantized weight, or several of the same kind."""
 
     name: str
     count: int
     shape: tuple[int, ...]
     levels: str
-    bits: float | None
+    bits: float
     stored_bits: float
     megabytes: float
     notes: str
+
+
+@dataclass(frozen=True)
+class DenseRow:
+    """A tensor that is not quantized, or several of the same kind."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    megabytes: float
 
 
 def info(
@@ -42,7 +55,7 @@ def info(
 
     quantized, dense = read(directory)
     shown = quantized if every else merged(quantized)
-    shown_dense = dense if every else merged(dense)
+    shown_dense = dense if every else merged_dense(dense)
     headers = ["layer", "n", "shape", "levels", "bits", "stored bits", "MB", ""]
     cells = [
         [r.name, r.count, "x".join(map(str, r.shape)), r.levels, r.bits, r.stored_bits, r.megabytes,
@@ -51,7 +64,7 @@ def info(
     forms = ["", "", "", "", ".2f", ".2f", ".2f", ""]
     print(tabulate(cells, headers, "github", floatfmt=forms))
     print("\nnot quantized:\n")
-    cells = [[r.name, r.count, "x".join(map(str, r.shape)), r.levels, r.megabytes]
+    cells = [[r.name, r.count, "x".join(map(str, r.shape)), r.dtype, r.megabytes]
              for r in shown_dense]  # fmt: skip
     print(tabulate(cells, ["tensor", "n", "shape", "dtype", "MB"], "github", floatfmt=".2f"))
     weights = sum(math.prod(row.shape) for row in quantized)
@@ -66,7 +79,7 @@ def info(
         json_file.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def read(directory: Path) -> tuple[list[Row], list[Row]]:
+def read(directory: Path) -> tuple[list[Row], list[DenseRow]]:
     """All quantized weights and all other tensors of a saved model.
 
     Raises:
@@ -108,44 +121,65 @@ def read(directory: Path) -> tuple[list[Row], list[Row]]:
             ]
             rows.append(
                 Row(
-                    name.removesuffix(".weight"),
-                    1,
-                    shape,
-                    ",".join(map(str, one.levels)),
-                    sum(every) / len(every),
-                    8 * stored / math.prod(shape),
-                    stored / 1e6,
-                    ", ".join(filter(None, notes)),
+                    name=name.removesuffix(".weight"),
+                    count=1,
+                    shape=shape,
+                    levels=",".join(map(str, one.levels)),
+                    bits=sum(every) / len(every),
+                    stored_bits=8 * stored / math.prod(shape),
+                    megabytes=stored / 1e6,
+                    notes=", ".join(filter(None, notes)),
                 )
             )
         dense = [
-            Row(name, 1, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), None,
-                8 * tensor.nbytes / max(1, math.prod(tensor.shape)), tensor.nbytes / 1e6, "")
-            for name, tensor in tensors.items() if name not in taken
-        ]  # fmt: skip
+            DenseRow(
+                name=name,
+                count=1,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                megabytes=tensor.nbytes / 1e6,
+            )
+            for name, tensor in tensors.items()
+            if name not in taken
+        ]
     return rows, dense
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
     """Layers that differ by their number only as one row, with averages and sums."""
-    groups: dict[tuple[str, tuple[int, ...], str, str], list[Row]] = {}
-    for row in rows:
-        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name)
-        groups.setdefault((kind, row.shape, row.levels, row.notes), []).append(row)
-    found = []
-    for (kind, *_), group in groups.items():
-        first, count = group[0], len(group)
-        bits = [row.bits for row in group if row.bits is not None]
-        found.append(
-            Row(
-                kind if count > 1 else first.name,
-                count,
-                first.shape,
-                first.levels,
-                sum(bits) / len(bits) if bits else None,
-                sum(row.stored_bits for row in group) / count,
-                sum(row.megabytes for row in group),
-                first.notes,
-            )
+    return [
+        replace(
+            group[0],
+            name=name,
+            count=len(group),
+            bits=sum(row.bits for row in group) / len(group),
+            stored_bits=sum(row.stored_bits for row in group) / len(group),
+            megabytes=sum(row.megabytes for row in group),
         )
-    return found
+        for name, group in _alike(rows, lambda row: (row.shape, row.levels, row.notes))
+    ]
+
+
+def merged_dense(rows: Iterable[DenseRow]) -> list[DenseRow]:
+    """The same for tensors that are not quantized."""
+    return [
+        replace(
+            group[0],
+            name=name,
+            count=len(group),
+            megabytes=sum(row.megabytes for row in group),
+        )
+        for name, group in _alike(rows, lambda row: (row.shape, row.dtype))
+    ]
+
+
+def _alike(
+    rows: Iterable[AnyRow], kind: Callable[[AnyRow], Any]
+) -> Iterator[tuple[str, list[AnyRow]]]:
+    """Rows of one kind whose names differ by numbers only, under a name for all of them."""
+    groups: dict[tuple[str, Any], list[AnyRow]] = {}
+    for row in rows:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name)
+        groups.setdefault((name, kind(row)), []).append(row)
+    for (name, _), group in groups.items():
+        yield name if len(group) > 1 else group[0].name, group

@@ -46,11 +46,11 @@ def open_model(model: str, bits: float | None = None) -> tuple[Any, Any]:
     from torchao.quantization import quantize_
 
     from grinqh_ao import GrinqhConfig, set_bits
-    from grinqh_ao.model import quantized_linears
+    from grinqh_ao.model import is_quantized
     from grinqh_ao.running import load
 
     found, tokenizer = load(model, dtype="auto" if Path(model).is_dir() else None)
-    if not any(True for _ in quantized_linears(found)):
+    if not is_quantized(found):
         config = GrinqhConfig(bits=3.0 if bits is None else bits)
         say(f"{model} is not quantized; quantizing it in memory")
         quantize_(found, config)

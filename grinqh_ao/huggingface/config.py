@@ -70,7 +70,7 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         self.levels = list(check_levels(levels))
         self.head_bits = head_bits
         self.modules_to_not_convert = _names(modules_to_not_convert)
-        checked = self.to_quantize()
+        checked = self.to_grinqh_config()
         self.bits, self.head_bits = checked.bits, checked.head_bits
         if weights is not None:
             if not isinstance(weights, Sequence) or not all(
@@ -90,8 +90,8 @@ class GrinqhHfConfig(QuantizationConfigMixin):
         except ValueError as error:
             raise CheckpointError(str(error)) from None
 
-    def to_quantize(self) -> GrinqhConfig:
-        """The same for ``quantize_``."""
+    def to_grinqh_config(self) -> GrinqhConfig:
+        """What ``quantize_`` takes to do the same."""
         return GrinqhConfig(bits=self.bits, levels=self.levels, head_bits=self.head_bits)
 
     def selects(self, module: nn.Module, name: str) -> bool:

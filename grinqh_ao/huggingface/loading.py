@@ -119,7 +119,7 @@ def check_whole(place: Tensor, name: str) -> None:
         )
 
 
-def find_places(model: Any, names: Iterable[str]) -> dict[str, str]:
+def prepare_places(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Of stored weights, by their names in files, what ``model`` calls them.
 
     They differ where a model is loaded without the head it was saved with, or with one. Experts

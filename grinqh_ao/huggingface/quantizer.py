@@ -19,10 +19,10 @@ from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.errors import CheckpointError
 from grinqh_ao.huggingface.config import QUANT_METHOD, GrinqhHfConfig, groups_of
 from grinqh_ao.huggingface.files import SAVE_ID, check_files
-from grinqh_ao.huggingface.loading import Deserialize, Quantize, find_places
+from grinqh_ao.huggingface.loading import Deserialize, Quantize, prepare_places
 from grinqh_ao.layers import adopt
 from grinqh_ao.memory import give_back
-from grinqh_ao.model import is_in_parts, quantized_modules, summary
+from grinqh_ao.model import is_quantized, is_sharded, quantized_modules, summary
 from grinqh_ao.quantization import plan
 from grinqh_ao.selection import Layer, QuantizeCall
 from grinqh_ao.ties import owners_of_parameters
@@ -39,11 +39,9 @@ class GrinqhHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: GrinqhHfConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
-        # By the names of parameters: what is to be quantized, and whether it is an output head;
-        # or what is stored, and what files call it.
-        self.planned: dict[str, tuple[Layer, bool]] = {}
-        self.stored: dict[str, Attributes] = {}
-        self.places: dict[str, str] = {}
+        self.planned: dict[str, tuple[Layer, bool]] = {}  # by parameter; whether it is a head
+        self.stored: dict[str, Attributes] = {}  # by parameter
+        self.places: dict[str, str] = {}  # names in files -> parameters
         self.weights_since_giving_back = 0
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -59,7 +57,7 @@ class GrinqhHfQuantizer(HfQuantizer):
     ) -> None:
         if self.pre_quantized:
             attributes = self.quantization_config.attributes()
-            self.places = find_places(model, attributes)
+            self.places = prepare_places(model, attributes)
             self.stored = {own: attributes[name] for name, own in self.places.items()}
             files = checkpoint_files or ()
             if files and all(file.endswith(".safetensors") for file in files):
@@ -67,7 +65,7 @@ class GrinqhHfQuantizer(HfQuantizer):
                 check_files(files, model, attributes, shapes, self.quantization_config.save_id)
             return
         config = self.quantization_config
-        call = QuantizeCall(model, config.to_quantize(), config.selects)
+        call = QuantizeCall(model, config.to_grinqh_config(), config.selects)
         for target, source in model.all_tied_weights_keys.items():  # transformers does it later
             module, _, name = target.rpartition(".")
             setattr(model.get_submodule(module), name, model.get_parameter(source))
@@ -99,7 +97,7 @@ class GrinqhHfQuantizer(HfQuantizer):
 
     def cut(self, weight: GrinqhTensor, model: Any, name: str) -> GrinqhTensor:
         """This rank's part of a weight, under tensor parallelism; else all of it."""
-        if not is_in_parts(model):
+        if not is_sharded(model):
             return weight
         from grinqh_ao.huggingface.tensor_parallel import cut
 
@@ -149,7 +147,7 @@ class GrinqhHfQuantizer(HfQuantizer):
     # ---- saving
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        if is_in_parts(model):
+        if is_sharded(model):
             raise ValueError(
                 "a model under tensor parallelism has parts of its weights only: save it before or "
                 "load it without tp_plan"
@@ -216,7 +214,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 def quantized_models(model: nn.Module) -> Iterator[Any]:
     """``model`` and the models within it, as the one without a head, if they are quantized."""
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and any(True for _ in quantized_modules(part)):
+        if isinstance(part, PreTrainedModel) and is_quantized(part):
             yield part
 
 

@@ -21,7 +21,7 @@ from transformers.distributed.parallel_utils import (
 )
 
 from grinqh_ao.codec import SCALE_GROUP
-from grinqh_ao.parts import part, sharing_inputs
+from grinqh_ao.shards import shard, sharing_inputs
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 _PREFIX = "grinqh_"
@@ -108,7 +108,7 @@ def cut(weight: GrinqhTensor, module: nn.Module) -> GrinqhTensor:
         return weight
     dim, mesh = noted
     whole = weight.shape[dim]
-    mine = part(weight, dim, *_range_of(mesh.get_local_rank(), whole, mesh))
+    mine = shard(weight, dim, *_range_of(mesh.get_local_rank(), whole, mesh))
     if dim == 1:
         mine = sharing_inputs(mine, mesh.get_group().group_name, whole)
     if mesh.device_type != "cpu":

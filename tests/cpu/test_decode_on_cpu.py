@@ -59,7 +59,7 @@ def decoded(x, weight, bias=None):
 
 def assert_decoded(x, weight, bias=None):
     found = decoded(x, weight, bias)
-    expected = plain.decode_rows(x, weight, bias)
+    expected = plain.decode_together(x, weight, bias)
     assert found.dtype == x.dtype
     assert found.shape == expected.shape
     allowed = TOLERANCE[x.dtype] * float(expected.abs().max())

@@ -23,7 +23,7 @@ from grinqh_ao.huggingface.files import check_files, open_tensors
 from grinqh_ao.huggingface.loading import find_places
 from grinqh_ao.linear import embedding
 
-MOST_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 SIZES = {
     "vocab_size": 16,
     "hidden_size": 8,
@@ -67,7 +67,7 @@ def parted(data: bytes) -> tuple[bytes, bytes]:
 def load(data: bytes, say: bool = False) -> bool:
     """True if the checkpoint was accepted, and all its weights used; False if it was refused.
 
-    Whatever else is raised, or made larger than MOST_BYTES, is a defect.
+    Whatever else is raised, or made larger than MAX_BYTES, is a defect.
 
     Args:
         say: raise the CheckpointError of a refusal instead.
@@ -90,7 +90,7 @@ def load(data: bytes, say: bool = False) -> bool:
             accepted = []
         for weight in accepted:
             use(weight)
-    assert largest.bytes <= MOST_BYTES, f"a tensor of {largest.bytes} bytes"
+    assert largest.bytes <= MAX_BYTES, f"a tensor of {largest.bytes} bytes"
     return bool(accepted)
 
 

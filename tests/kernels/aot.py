@@ -114,7 +114,7 @@ def decode_job(
     else:
         constants["experts"] = None
     if form == "mma":
-        constants |= {"FEW": chosen.few, "UNSEEN": chosen.unseen, "memory": None}
+        constants |= {"FEW": chosen.few, "SPECULATIVE": chosen.speculative, "memory": None}
         lines = decode_mma.LINES.value
         entries = (2 * lines, 4 * lines)
     else:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from grinqh_ao.grading import level_shares
-from grinqh_ao.ops.triton.configurations import FEW_PROGRAMS, WARPS
+from grinqh_ao.ops.triton.configurations import FEW_PROGRAMS_PER_SM, WARPS
 
 pytest.importorskip("triton")
 
@@ -80,7 +80,7 @@ def test_programs_of_one_row_fit_on_a_multiprocessor(decoders):
     for report in decoders:
         if "mma, rows 1, tile 512" in report["form"]:
             four = report["capability"] in (80, 90) and is_mma_of_many(report)
-            programs = 4 if four else math.ceil(FEW_PROGRAMS)
+            programs = 4 if four else math.ceil(FEW_PROGRAMS_PER_SM)
             registers = 8 * -(-report["registers"] // 8) * 32 * WARPS
             assert programs * registers <= 1 << 16, report
             assert programs * (report["shared"] + 1024) <= SHARED_MEMORY[report["capability"]] << 10

@@ -6,8 +6,8 @@ pytest.importorskip("triton")
 
 from grinqh_ao.ops.triton.configurations import (
     CHUNKS,
-    LONGEST_CHUNKS,
-    PROGRAMS,
+    MAX_CHUNKS,
+    PROGRAMS_PER_SM,
     Gpu,
     chunk_length,
     compiled_rows,
@@ -36,7 +36,7 @@ def test_what_sweeps_on_an_h100_led_to(tiles, k, chunk, few):
     assert chosen[:2] == (chunk, few)
     assert chosen.early
     assert chosen.registers == (None if few and chunk == 512 else 128)
-    assert 0 < chosen.unseen <= chunk
+    assert 0 < chosen.speculative <= chunk
 
 
 @pytest.mark.parametrize(("form", "rows"), [("mma", 1), ("mma", 3), ("mma", 8), ("fma", 8)])
@@ -46,12 +46,12 @@ def test_short_chunks_are_for_layers_that_leave_a_gpu_room(form, rows):
             chunk = chunk_length(H100, tiles, k, form, rows)
             assert chunk in CHUNKS
             if chunk < longest_chunk(form, rows):
-                assert tiles * -(-k // chunk) <= PROGRAMS * 132
+                assert tiles * -(-k // chunk) <= PROGRAMS_PER_SM * 132
 
 
 def test_lists_fit_into_shared_memory():
     """48 KiB are there without asking, and Triton takes some for itself."""
-    for rows, block in LONGEST_CHUNKS.items():
+    for rows, block in MAX_CHUNKS.items():
         assert memory_bytes((0, 2, 4, 6, 8), block, rows, 32) + block // 4 <= 44 << 10
 
 

@@ -40,7 +40,7 @@ def decode(x, weight, bias=None, chunk=None, mean=None):
 
 def assert_decoded(x, weight, bias=None, chunk=None):
     found = decode(x, weight, bias, chunk)
-    expected = plain.decode_rows(x, weight, bias)
+    expected = plain.decode_together(x, weight, bias)
     assert found.dtype == x.dtype
     assert found.shape == expected.shape
     allowed = TOLERANCE[x.dtype] * float(expected.abs().max())
@@ -116,7 +116,7 @@ def test_rows_are_as_accurate_as_alone_whatever_their_magnitudes(n, dtype, small
     weight = GrinqhTensor.from_hp(torch.randn(n, 40), bits=8)
     x = (laplace(4, 40) * torch.tensor([2.0**120, 1, 2.0**-60, smallest])[:, None]).to(dtype)
     found = decode(x, weight, chunk=25)
-    expected = plain.decode_rows(x, weight)
+    expected = plain.decode_together(x, weight)
     allowed = TOLERANCE[dtype] * expected.abs().amax(1, keepdim=True)
     allowed += 16 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     assert bool(((found.double() - expected).abs() <= allowed).all())
@@ -174,7 +174,7 @@ class TestEdges:
         x = laplace(1, 70).to(dtype)
         x[0, 3] = value
         found = decode(x, weight, chunk=30)
-        assert not torch.isfinite(plain.decode_rows(x, weight)).any()
+        assert not torch.isfinite(plain.decode_together(x, weight)).any()
         assert not torch.isfinite(found).any()
 
     def test_extreme_sizes(self, weight, dtype):
@@ -270,7 +270,7 @@ def test_what_ops_launch(h100, dtype):
     arguments = [Weight(w.slices, w.scales, w.vectors, None, w.low) for w in weights]
     found = launching.decode_linears(x, arguments, weights[0].levels)
     for y, weight in zip(found, weights, strict=True):
-        expected = plain.decode_rows(x, weight, None)
+        expected = plain.decode_together(x, weight, None)
         allowed = TOLERANCE[dtype] * float(expected.abs().max())
         assert float((y.double() - expected).abs().max()) <= allowed
 
@@ -280,7 +280,7 @@ def test_what_ops_launch(h100, dtype):
     for row, y in zip(x, routed, strict=True):
         assert torch.equal(y[None], decode(row[None], weights[1], chunk=128))
     assert [each[:2] for each in h100] == [(128, True)] * 2
-    assert all(each.early and each.unseen for each in h100)
+    assert all(each.early and each.speculative for each in h100)
 
 
 def test_each_row_grades_with_its_own_mean():
@@ -298,7 +298,7 @@ def test_parts_grade_with_the_mean_of_the_whole(rows, dtype):
     x[:, 40:] *= 5
     mean = (x.abs().float() * weight.sensitivity).mean(1)
     parts = [decode(x[:, at], weight[:, at], mean=mean) for at in (slice(0, 40), slice(40, 60))]
-    expected = plain.decode_rows(x, weight, None)
+    expected = plain.decode_together(x, weight, None)
     allowed = 2 * TOLERANCE[dtype] * float(expected.abs().max())
     assert float((sum(parts).double() - expected).abs().max()) <= allowed
     assert not torch.equal(parts[0], decode(x[:, :40], weight[:, :40]))  # it matters
@@ -308,7 +308,7 @@ def test_a_row_that_overflowed_leaves_the_others_alone():
     weight = absolute(GrinqhTensor.from_hp(torch.randn(256, 60)), 0.5, 1, 2, 3)
     x = laplace(2, 60).half()
     x[:, 3] = torch.tensor([1e4, 0])
-    expected = plain.decode_rows(x, weight)[1]
+    expected = plain.decode_together(x, weight)[1]
     x[0, 3] = float("inf")  # read at the highest level, as 1e4 is
     found = decode(x, weight)
     assert not found[0].isfinite().any()

@@ -13,16 +13,17 @@ from grinqh_ao import GrinqhTensor
 from grinqh_ao.ops.triton import lines
 from grinqh_ao.slices import drop_low
 
-UNSEEN = 20
+SPECULATIVE = 20
 
 
 @triton.jit
 def prefetch_of_a_tile(
     slices, scales, sensitivity, low, row_scale, outputs, first, last,
-    LEVELS: tl.constexpr, WORDS: tl.constexpr, UNSEEN: tl.constexpr,
+    LEVELS: tl.constexpr, WORDS: tl.constexpr, SPECULATIVE: tl.constexpr,
 ):  # fmt: skip
-    lines.prefetch_unseen(
-        slices, scales, sensitivity, low, row_scale, outputs, first, last, LEVELS, WORDS, UNSEEN
+    lines.prefetch_speculative(
+        slices, scales, sensitivity, low, row_scale, outputs, first, last, LEVELS, WORDS,
+        SPECULATIVE,
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_what_is_asked_for_before_activations_are_known(n, levels, compact, monk
         rows = weight.row_scale[tile * weight.tile :]
         prefetch_of_a_tile[(1,)](
             slices, scales, weight.sensitivity, weight.low, rows, len(rows), first, last,
-            LEVELS=levels, WORDS=words, UNSEEN=UNSEEN,
+            LEVELS=levels, WORDS=words, SPECULATIVE=SPECULATIVE,
         )  # fmt: skip
         read = [weight.sensitivity[first:last], scales[first:last], rows[: weight.tile]]
         if first == 0:
@@ -70,6 +71,6 @@ def test_what_is_asked_for_before_activations_are_known(n, levels, compact, monk
         if compact:
             read.append(weight.low[first:last])
         expected = set().union(*map(cache_lines, read))
-        for channel in range(first, min(last, first + UNSEEN)):  # aligned, on a GPU
+        for channel in range(first, min(last, first + SPECULATIVE)):  # aligned, on a GPU
             expected.add(slices[min(max(levels) // 2, 2) * channel].data_ptr() // 128)
         assert asked == expected

@@ -1,4 +1,8 @@
-"""Compiles the CPU kernels when they are first needed, and keeps what was compiled."""
+"""Compiles the CPU kernels when they are first needed, and keeps what was compiled.
+
+Not by ``torch.utils.cpp_extension``: that needs ninja, and takes what was compiled on another
+processor, which -march=native is not for.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger("grinqh_ao")
 
 SOURCE = Path(__file__).parent / "source"
 FLAGS = (
@@ -41,7 +45,7 @@ UNITS = (
 _building = threading.Lock()
 
 
-class CannotBuild(Exception):
+class BuildError(Exception):
     """There is no compiler, or it failed."""
 
 
@@ -49,7 +53,7 @@ class Kernels:
     """A compiled library, whose functions are PyTorch's for CPUs from now on.
 
     Raises:
-        CannotBuild: PyTorch does not take them.
+        BuildError: PyTorch does not take them.
         OSError: it cannot be loaded.
     """
 
@@ -59,7 +63,7 @@ class Kernels:
         self._library.grinqh_unregister.argtypes = [ctypes.c_void_p]
         self._registered = self._library.grinqh_register()
         if not self._registered:
-            raise CannotBuild(f"PyTorch {torch.__version__} does not take the kernels")
+            raise BuildError(f"PyTorch {torch.__version__} does not take the kernels")
 
     def unregister(self) -> None:
         """As if it had not been loaded."""
@@ -76,7 +80,7 @@ def kernels() -> Kernels | None:
 def _kernels() -> Kernels | None:
     try:
         return Kernels(cached_library())
-    except (CannotBuild, OSError) as error:
+    except (BuildError, OSError) as error:
         warnings.warn(
             "grinqh_ao decodes with plain PyTorch on this CPU, which is slow, for its kernels "
             f"could not be compiled: {error}",
@@ -89,19 +93,19 @@ def cached_library() -> Path:
     """Where the library for this processor lies; it is compiled if it is not there.
 
     Raises:
-        CannotBuild: there is no compiler, or it failed.
+        BuildError: there is no compiler, or it failed.
         OSError: nothing can be written.
     """
     directory = cache_directory()
     library = directory / f"kernels-{_key()}.so"
     if not library.exists():
         started = time.perf_counter()
-        _log.info("grinqh_ao: compiling kernels for this CPU, which is kept in %s", directory)
+        logger.info("compiling kernels for this CPU, which is kept in %s", directory)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as temporary:
             compile_library(Path(temporary) / library.name, NATIVE)
             os.replace(Path(temporary) / library.name, library)  # processes may do this at once
-        _log.info("grinqh_ao: compiled in %.1f s", time.perf_counter() - started)
+        logger.info("compiled in %.1f s", time.perf_counter() - started)
     return library
 
 
@@ -118,7 +122,7 @@ def compile_library(into: Path, machine: Sequence[str]) -> None:
         machine: the compiler's options that choose the instructions.
 
     Raises:
-        CannotBuild: with the compiler's own words.
+        BuildError: with the compiler's own words.
     """
     compiler = find_compiler()
     torch_directory = Path(torch.__file__).parent
@@ -141,19 +145,19 @@ def find_compiler() -> str:
     """The C++ compiler: $CXX, else g++ or clang++, as for ``torch.compile``.
 
     Raises:
-        CannotBuild: there is none.
+        BuildError: there is none.
     """
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise CannotBuild("no C++ compiler: neither $CXX nor g++ nor clang++")
+    raise BuildError("no C++ compiler: neither $CXX nor g++ nor clang++")
 
 
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CannotBuild(f"{' '.join(command)}:\n{done.stderr.strip()[:2000]}")
+        raise BuildError(f"{' '.join(command)}:\n{done.stderr.strip()[:2000]}")
 
 
 def _key() -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from grinqh_ao.ops import oracle
 from grinqh_ao.ops.cpu.build import kernels
 from grinqh_ao.ops.dense_products import dense_product, product_dtype
-from grinqh_ao.slices import FIELDS_PER_WORD
+from grinqh_ao.slices import FIELDS_PER_WORD, num_slices_of
 from grinqh_ao.vectors import outputs_of
 
 BLOCK_WEIGHTS = 1 << 21
@@ -32,7 +32,8 @@ def dequantize(
         return oracle.dequantize(*weight, level, dtype)
     k = scales.shape[1]
     dense = torch.empty(outputs_of(vectors, k), k, dtype=dtype)
-    torch.ops.grinqh.dequantize_into(*weight, level, _stored(slices, k, low), 0, False, dense)
+    stored_bits = 2 * num_slices_of(slices, k, low)
+    torch.ops.grinqh.dequantize_into(*weight, level, stored_bits, 0, False, dense)
     return dense
 
 
@@ -73,7 +74,7 @@ def _blocks(
     """Runs of outputs, and their weights [K, outputs]; the next run overwrites them."""
     tiles, k = scales.shape[:2]
     tile, n = slices.shape[2] * FIELDS_PER_WORD, outputs_of(vectors, k)
-    stored = _stored(slices, k, low)
+    stored_bits = 2 * num_slices_of(slices, k, low)
     run = max(1, BLOCK_WEIGHTS // (k * tile))
     buffer = torch.empty(k * min(run, tiles) * tile, dtype=dtype)
     for first in range(0, tiles, run):
@@ -81,11 +82,6 @@ def _blocks(
         rows = slice(first * tile, min(stop * tile, n))
         dense = buffer[: k * (stop - first) * tile].view(k, -1)
         torch.ops.grinqh.dequantize_into(
-            slices, scales, vectors, low, level, stored, first, True, dense
+            slices, scales, vectors, low, level, stored_bits, first, True, dense
         )
         yield rows, dense[:, : rows.stop - rows.start]
-
-
-def _stored(slices: Tensor, k: int, low: Tensor | None) -> int:
-    """Bits of a code."""
-    return 2 * slices.shape[1] // k if low is None else 8

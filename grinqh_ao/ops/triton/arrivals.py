@@ -16,7 +16,7 @@ from torch import Tensor
 # 16 MiB: some 1400 graphs of an 8B model. Then captures begin to share counters, oldest first,
 # which is wrong only for graphs that are replayed at the same time.
 CAPTURED = 1 << 22
-MOST_TILES = 1 << 14
+MAX_TILES = 1 << 14
 
 _lock = threading.Lock()
 _of_stream: dict[tuple[int, int], Tensor] = {}
@@ -36,7 +36,7 @@ def arrivals(tiles: int, device: torch.device) -> Tensor:
             if index not in _of_captures:  # now, as nothing can be set to zero while capturing
                 _of_captures[index] = _zeros(CAPTURED, index)
                 _next_captured[index] = 0
-            _of_stream[key] = found = _zeros(MOST_TILES, index)
+            _of_stream[key] = found = _zeros(MAX_TILES, index)
     return found
 
 

@@ -13,19 +13,20 @@ from typing import NamedTuple
 WARPS = 4  # of a program
 # Channels per program, powers of two because a list is built from a block of such a size.
 CHUNKS = (128, 256, 512)
-# The same at most, by rows of the mma form as compiled: lists must fit into shared memory.
-LONGEST_CHUNKS = {1: 512, 4: 512, 8: 256}
-# A chunk is shorter than the longest where this makes at most so many programs, on each
-# multiprocessor and on a tile: the last one of a tile adds up the sums of all, and each one that
-# needs the mean of a row of activations reads all of it.
-PROGRAMS = 1.5
-SPLITS = 32
-# On each multiprocessor, up to which programs are few: they do not keep enough in flight.
-FEW_PROGRAMS = 2.5
-# About what an H100's memory brings before activations are known. At 3 bits four in five of these
-# lines will be read, at 2 two in three.
-UNSEEN = 64
-LEAST_CAPABILITY_FOR_EARLY_LAUNCH = 90
+# The longest of them, by rows of the mma form as compiled: lists must fit into shared memory.
+MAX_CHUNKS = {1: 512, 4: 512, 8: 256}
+# The shortest chunk is taken that makes no more programs than this, else the longest.
+PROGRAMS_PER_SM = 1.5
+# Nor more chunks of a tile: one program adds up the sums of all, and each may have to read all of a
+# row of activations for its mean.
+MAX_SPLITS = 32
+# Up to here programs are few: they do not keep enough in flight.
+FEW_PROGRAMS_PER_SM = 2.5
+# Channels of a program whose top slices are prefetched before activations are known: about what an
+# H100's memory brings until then. At 3 bits four in five of these lines will be read, at 2 two in
+# three.
+SPECULATIVE = 64
+MIN_CAPABILITY_FOR_EARLY_LAUNCH = 90
 
 
 class Gpu(NamedTuple):
@@ -37,10 +38,9 @@ class Configuration(NamedTuple):
     """Of a launch: its programs, and what they do ahead of time."""
 
     chunk: int  # channels of a program
-    # Of mma: there are few programs, which prefetch all along and leave words in the L2 cache; and
-    # channels of each one whose top slices are asked for before activations are known.
+    # Of mma: there are few programs, which prefetch all along and leave words in the L2 cache.
     few: bool = False
-    unseen: int = 0
+    speculative: int = 0  # of mma, see SPECULATIVE
     registers: int | None = None  # per thread at most; None where the compiler's choice is right
     early: bool = False  # programmatic dependent launch, while the kernel in front ends
 
@@ -52,7 +52,7 @@ def compiled_rows(form: str, rows: int) -> int:
 
 
 def longest_chunk(form: str, rows: int) -> int:
-    return LONGEST_CHUNKS[compiled_rows(form, rows)] if form == "mma" else CHUNKS[-1]
+    return MAX_CHUNKS[compiled_rows(form, rows)] if form == "mma" else CHUNKS[-1]
 
 
 def chunk_length(gpu: Gpu, tiles: int, k: int, form: str, rows: int) -> int:
@@ -67,13 +67,13 @@ def chunk_length(gpu: Gpu, tiles: int, k: int, form: str, rows: int) -> int:
     longest = longest_chunk(form, rows)
     for chunk in CHUNKS:
         splits = -(-k // chunk)
-        if splits <= SPLITS and tiles * splits <= PROGRAMS * gpu.multiprocessors:
+        if splits <= MAX_SPLITS and tiles * splits <= PROGRAMS_PER_SM * gpu.multiprocessors:
             return min(chunk, longest)
     return longest
 
 
 def few(gpu: Gpu, programs: int) -> bool:
-    return programs <= FEW_PROGRAMS * gpu.multiprocessors
+    return programs <= FEW_PROGRAMS_PER_SM * gpu.multiprocessors
 
 
 def configure(gpu: Gpu, form: str, rows: int, words: int, tiles: int, k: int) -> Configuration:
@@ -98,9 +98,9 @@ def of_programs(
     return Configuration(
         chunk,
         few,
-        UNSEEN,
+        SPECULATIVE,
         registers(capability, form, rows, words, few and chunk == CHUNKS[-1]),
-        capability >= LEAST_CAPABILITY_FOR_EARLY_LAUNCH,
+        capability >= MIN_CAPABILITY_FOR_EARLY_LAUNCH,
     )
 
 

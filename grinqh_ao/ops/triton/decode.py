@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from grinqh_ao.ops.triton.arrivals import MOST_TILES, arrivals
+from grinqh_ao.ops.triton.arrivals import MAX_TILES, arrivals
 from grinqh_ao.ops.triton.configurations import (
     WARPS,
     Configuration,
@@ -31,10 +31,10 @@ from grinqh_ao.ops.triton.lists import entry_bytes
 from grinqh_ao.slices import FIELDS_PER_WORD
 from grinqh_ao.vectors import outputs_of
 
-LARGEST_MEAN_BLOCK = 8192
+MAX_MEAN_BLOCK = 8192
 SPLITS_AT_ONCE = 16
-LEAST_CAPABILITY = 80
-MOST_ROWS = 8
+MIN_CAPABILITY = 80
+MAX_ROWS = 8
 
 
 @functools.cache
@@ -58,13 +58,13 @@ def supports(x: Tensor, slices: Sequence[Tensor], lows: Sequence[Tensor | None])
     """Whether there is a kernel for these arguments."""
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and gpu_of(x.device.index).capability >= LEAST_CAPABILITY
+        and gpu_of(x.device.index).capability >= MIN_CAPABILITY
         and all(s.numel() > 0 for s in slices)
         and all(s[0].numel() < 2**30 for s in slices)  # offsets in bytes have 32 bits
         and len({s.shape[2] for s in slices}) == 1
         and len({low is None for low in lows}) == 1
-        and sum(s.shape[0] for s in slices) <= MOST_TILES
-        and 1 <= x.numel() // x.shape[-1] <= MOST_ROWS
+        and sum(s.shape[0] for s in slices) <= MAX_TILES
+        and 1 <= x.numel() // x.shape[-1] <= MAX_ROWS
         and all(s.device == x.device for s in slices)
     )
 
@@ -86,7 +86,7 @@ def supports_experts(x: Tensor, weights: Weight) -> bool:
     return (
         len(x) > 0
         and supports(x[:1], [slices[0]], [None])
-        and len(x) * slices.shape[1] <= MOST_TILES
+        and len(x) * slices.shape[1] <= MAX_TILES
     )
 
 
@@ -178,7 +178,7 @@ def launch(
         if interpret:
             size = memory_bytes(levels, block, rows_compiled, words)
             scratch = [torch.empty(programs * size, dtype=torch.int8)]
-        own = {"FEW": configuration.few, "UNSEEN": configuration.unseen}
+        own = {"FEW": configuration.few, "SPECULATIVE": configuration.speculative}
     else:
         capacity = 3 * chunk + 2 * entries_at_once(words)  # entries of a program, with padding
         entries = programs * capacity * entry_bytes(rows_compiled)
@@ -209,7 +209,7 @@ def launch(
         ROWS=rows_compiled,
         WORDS=words,
         BLOCK=block,
-        MEAN_BLOCK=min(triton.next_power_of_2(k), LARGEST_MEAN_BLOCK),
+        MEAN_BLOCK=min(triton.next_power_of_2(k), MAX_MEAN_BLOCK),
         SPLITS_AT_ONCE=min(triton.next_power_of_2(splits), SPLITS_AT_ONCE),
         EARLY=configuration.early,
         INTERPRET=interpret,

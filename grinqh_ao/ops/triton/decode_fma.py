@@ -56,7 +56,7 @@ def nibble_bit(field):
 
 @triton.constexpr_function
 def unit(bit):
-    """The larger half of 2 ** (149 - bit), which is no float32 itself."""
+    """One factor of 2 ** (149 - bit), which is no float32 itself; the other is 2 ** 49."""
     return 2.0 ** (100 - bit)
 
 

@@ -17,7 +17,7 @@ from grinqh_ao.ops.triton.fragments import (
     pairs_to_singles,
     single_unit,
 )
-from grinqh_ao.ops.triton.lines import THREADS, prefetch, prefetch_unseen, words_of
+from grinqh_ao.ops.triton.lines import THREADS, prefetch, prefetch_speculative, words_of
 from grinqh_ao.ops.triton.lists import (
     SENSITIVITY_AT,
     build_lists,
@@ -45,7 +45,7 @@ from grinqh_ao.ops.triton.shared import (
 
 # x is scaled to less than 2 ** (TOP + 1): products with scales and gains, at most 1, stay finite.
 TOP = tl.constexpr(14)
-# That a lane reads in a step; a pair has two.
+# Lines that a lane reads in a step: a pair takes two, a single one.
 LINES = tl.constexpr(4)
 WARPS = tl.constexpr(configurations.WARPS)
 # Entries of a step of a program.
@@ -229,7 +229,7 @@ def decode_mma_kernel(
     MEAN_BLOCK: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr,
     FEW: tl.constexpr,  # see configurations.py
-    UNSEEN: tl.constexpr,
+    SPECULATIVE: tl.constexpr,
     EARLY: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -260,9 +260,9 @@ def decode_mma_kernel(
     low = None if low is None else pick(member, low)
     if not INTERPRET:
         row_scale = this + row_scale_at(k) + tile_of_weight * TILE
-        prefetch_unseen(
+        prefetch_speculative(
             slices, scales, this + SENSITIVITY_AT, low, row_scale,
-            pick(member, n) - tile_of_weight * TILE, first, last, LEVELS, WORDS, UNSEEN,
+            pick(member, n) - tile_of_weight * TILE, first, last, LEVELS, WORDS, SPECULATIVE,
         )  # fmt: skip
     if EARLY and experts is None:
         tl.extra.cuda.gdc_wait()

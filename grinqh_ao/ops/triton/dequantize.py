@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.ops.triton.lists import GAINS_AT, row_scale_at
-from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_SLICES
+from grinqh_ao.slices import FIELDS_PER_WORD, HIGH_SLICES, num_slices_of
 from grinqh_ao.vectors import outputs_of
 
 # Words of one slice per program: 64 channels of the widest tile, more of narrower ones.
@@ -119,7 +119,7 @@ def dequantize(
         n,
         k,
         lines,
-        STORED=lines // k if low is None else 4,
+        STORED=num_slices_of(slices, k, low),
         SLICES=level // 2,
         WORDS=words,
         BLOCK_K=block_k,

@@ -57,7 +57,7 @@ def prefetch_range(start, size):
 
 
 @triton.jit
-def prefetch_unseen(
+def prefetch_speculative(
     words,  # int32 [lines, WORDS], of the tile
     scales,  # uint8 [k, WORDS / 4], of the tile
     sensitivity,  # float32 [k]; thresholds and gains lie in front of it
@@ -68,22 +68,22 @@ def prefetch_unseen(
     last,
     LEVELS: tl.constexpr,
     WORDS: tl.constexpr,
-    UNSEEN: tl.constexpr,
+    SPECULATIVE: tl.constexpr,
 ):
     """Asks for what a program will read, as far as that is known before the activations are.
 
     First what lists are made of, because they are waited for; thresholds and gains come with the
     first sensitivities, on the same cache line but in stacks of experts. Then, as the memory has
-    nothing else to do, the top slices of the first UNSEEN channels, many of which will be read.
+    nothing else to do, the top slices of the first SPECULATIVE channels: many will be read.
     """
     channels = last - first
     prefetch_range(sensitivity + first, 4 * channels)
     prefetch_range(scales + first * (WORDS // 4), channels * (WORDS // 4))
     if low is not None:
         prefetch_range(low + first, 4 * channels)
-    tl.static_assert(UNSEEN <= THREADS)
+    tl.static_assert(SPECULATIVE <= THREADS)
     index = tl.arange(0, THREADS)
     place = place_of((first + index) * high_lines(LEVELS), WORDS)
-    wanted = index < tl.minimum(channels, UNSEEN)
+    wanted = index < tl.minimum(channels, SPECULATIVE)
     prefetch(words_of(words, place, WORDS).to(tl.int64), wanted)
     prefetch_range(row_scale, 4 * tl.minimum(outputs, 16 * WORDS))  # for the very end

@@ -26,7 +26,7 @@ VOTE = tl.constexpr(
     "popc.b32 i, pairs; popc.b32 j, twos; add.s32 i, i, j; popc.b32 j, singles; "
     "mad.lo.s32 $0, j, 65536, i;}"
 )
-LARGEST = tl.constexpr("redux.sync.max.u32 $0, $1, 0xffffffff;")
+MAX = tl.constexpr("redux.sync.max.u32 $0, $1, 0xffffffff;")
 # Address of all segments' counts, number of segments -> sum of the counts of those.
 SUM = tl.constexpr(
     "{.reg .pred p; .reg .b32 lane, there, count; mov.u32 lane, %laneid; "
@@ -34,7 +34,7 @@ SUM = tl.constexpr(
     "@p ld.shared.b32 count, [there]; redux.sync.add.s32 $0, count, 0xffffffff;}"
 )
 # The same, and of the magnitudes behind the counts the largest.
-SUM_AND_LARGEST = tl.constexpr(
+SUM_AND_MAX = tl.constexpr(
     "{.reg .pred p; .reg .b32 lane, there, count, magnitude; mov.u32 lane, %laneid; "
     "setp.lt.s32 p, lane, $3; mad.lo.s32 there, lane, 8, $2; mov.b32 count, 0; "
     "mov.b32 magnitude, 0; @p ld.shared.v2.b32 {count, magnitude}, [there]; "
@@ -58,7 +58,7 @@ def rank(slices, magnitude, memory, SHARED: tl.constexpr):
             VOTE, "=&r,=&r,r", [slices], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
         )
         largest = tl.inline_asm_elementwise(
-            LARGEST, "=r,r", [bits_of(magnitude)], dtype=tl.int32, is_pure=False, pack=1
+            MAX, "=r,r", [bits_of(magnitude)], dtype=tl.int32, is_pure=False, pack=1
         )
         index = tl.arange(0, BLOCK)
         segment = index // 32
@@ -68,7 +68,7 @@ def rank(slices, magnitude, memory, SHARED: tl.constexpr):
             SUM, "=r,r,r", [memory, segment], dtype=tl.int32, is_pure=False, pack=1
         )
         total, largest = tl.inline_asm_elementwise(
-            SUM_AND_LARGEST, "=&r,=&r,r,r", [memory, BLOCK // 32], dtype=(tl.int32, tl.int32),
+            SUM_AND_MAX, "=&r,=&r,r,r", [memory, BLOCK // 32], dtype=(tl.int32, tl.int32),
             is_pure=False, pack=1,
         )  # fmt: skip
         return before, total, largest.to(tl.float32, bitcast=True)

@@ -9,8 +9,8 @@
 
 namespace grinqh {
 
-constexpr int64_t LEAST_UNITS = 32;       // where there are fewer tiles, they are split
-constexpr int64_t LEAST_WORK = 1 << 16;  // weights, in a unit
+constexpr int64_t MIN_UNITS = 32;      // where there are fewer tiles, they are split
+constexpr int64_t MIN_WORK = 1 << 16;  // weights, in a unit
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
 // sums [rows, tile] -> outputs of a tile
@@ -38,8 +38,8 @@ bool decode(const Call& call, const Weight* weights, int64_t count) {
     tiles += weights[w].tiles();
     work += weights[w].n * call.k;
   }
-  int64_t parts = std::max<int64_t>(1, LEAST_UNITS / tiles);
-  parts = std::max<int64_t>(1, std::min(parts, work / tiles / LEAST_WORK));
+  int64_t parts = std::max<int64_t>(1, MIN_UNITS / tiles);
+  parts = std::max<int64_t>(1, std::min(parts, work / tiles / MIN_WORK));
   const int64_t rows = call.padded_rows();
   starts.assign(1, 0);  // of a weight's sums among all
   for (int64_t w = 0; w < count; ++w)

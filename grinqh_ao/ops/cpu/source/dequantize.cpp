@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "kernels.h"
-#include "vectors.h"
+#include "simd.h"
 
 namespace grinqh {
 namespace {

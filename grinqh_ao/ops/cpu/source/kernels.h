@@ -12,8 +12,8 @@ namespace grinqh {
 constexpr int SCALE_GROUP = 64;      // codec.py
 constexpr int HIGH_SLICES = 2;       // slices.py
 constexpr int FIELDS_PER_WORD = 16;  // slices.py
-constexpr int MOST_ROWS = 8;
-constexpr int MOST_LEVELS = 5;
+constexpr int MAX_ROWS = 8;
+constexpr int MAX_LEVELS = 5;
 
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
@@ -38,12 +38,12 @@ struct Call {
   int64_t rows;
   int64_t k;
   int64_t threads;
-  int64_t stored;  // bits
+  int64_t stored_bits;  // of a code
   int64_t num_levels;
-  int64_t levels[MOST_LEVELS];
+  int64_t levels[MAX_LEVELS];
 
-  int high_lines() const { return std::min((int)stored / 2, HIGH_SLICES); }
-  int low_lines() const { return (int)stored / 2 - high_lines(); }
+  int high_lines() const { return std::min((int)stored_bits / 2, HIGH_SLICES); }
+  int low_lines() const { return (int)stored_bits / 2 - high_lines(); }
   // Rows are multiplied 4, 2 or 1 at a time; 3 are taken for 4.
   int64_t padded_rows() const { return rows + (rows % 4 == 3); }
 };

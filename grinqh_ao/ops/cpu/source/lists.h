@@ -13,11 +13,11 @@
 #include <vector>
 
 #include "kernels.h"
-#include "vectors.h"
+#include "simd.h"
 
 namespace grinqh {
 
-constexpr int MOST_IN_A_BLOCK = 128;  // of entries that are multiplied together
+constexpr int MAX_BLOCK = 128;  // of entries that are multiplied together
 
 struct List {
   std::vector<uint32_t> lines;     // of a tile: where the first of an entry's slices is
@@ -27,7 +27,7 @@ struct List {
 
   void reserve(int64_t most, int64_t rows) {
     // A block more is read, but does not count; and vectors are whole.
-    capacity = most + 2 * MOST_IN_A_BLOCK;
+    capacity = most + 2 * MAX_BLOCK;
     if ((int64_t)lines.size() < capacity) {
       lines.resize(capacity);
       channels.resize(capacity);
@@ -47,18 +47,18 @@ struct List {
   }
 
   void finish(int64_t rows, int64_t padded_rows) {
-    std::fill_n(lines.data() + size, MOST_IN_A_BLOCK, 0);
-    std::fill_n(channels.data() + size, MOST_IN_A_BLOCK, 0);
+    std::fill_n(lines.data() + size, MAX_BLOCK, 0);
+    std::fill_n(channels.data() + size, MAX_BLOCK, 0);
     for (int64_t row = 0; row < padded_rows; ++row) {
       float* const row_values = values.data() + row * capacity;
-      std::fill(row_values + (row < rows ? size : 0), row_values + size + MOST_IN_A_BLOCK, 0.0f);
+      std::fill(row_values + (row < rows ? size : 0), row_values + size + MAX_BLOCK, 0.0f);
     }
   }
 };
 
 struct Lists {
   List pairs, singles;
-  float unit[MOST_ROWS];  // of each row: a power of two, its largest |x| or little less
+  float unit[MAX_ROWS];  // of each row: a power of two, its largest |x| or little less
   // Channels are padded to whole vectors.
   std::vector<float> x;  // [rows, padded k]
   std::vector<float> sensitivity;
@@ -102,7 +102,7 @@ inline bool build_lists(const Call& call, const Weight& weight, Lists& lists) {
   copy_padded(weight.sensitivity, k, padded, lists.sensitivity.data());
   if (weight.low) copy_padded(weight.low, k, padded, lists.low.data());
 
-  Floats thresholds[MOST_ROWS][MOST_LEVELS - 1], inverse[MOST_ROWS];
+  Floats thresholds[MAX_ROWS][MAX_LEVELS - 1], inverse[MAX_ROWS];
   for (int64_t row = 0; row < rows; ++row) {
     float mean, top;
     measure(&lists.x[row * padded], lists.sensitivity.data(), k, mean, top);
@@ -128,7 +128,7 @@ inline bool build_lists(const Call& call, const Weight& weight, Lists& lists) {
     const Ints channel = lane_numbers() + (int32_t)i;
     // grading.grade, in slices. Rows share what is read: the most that any of them asks for.
     Ints slices = Ints{} + (int32_t)call.levels[0] / 2;
-    Floats x[MOST_ROWS];
+    Floats x[MAX_ROWS];
     for (int64_t row = 0; row < rows; ++row) {
       x[row] = load<Floats>(&lists.x[row * padded + i]);
       const Floats size = magnitude(x[row]) * load<Floats>(&lists.sensitivity[i]);

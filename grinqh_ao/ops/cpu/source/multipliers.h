@@ -21,7 +21,7 @@ struct Shape {
   static constexpr int STEP = 2 * CHANNELS;
   // Entries that are multiplied together, and fetched together from memory.
   static constexpr int BLOCK = CHANNELS > 1 ? 128 : 64;
-  static_assert(BLOCK <= MOST_IN_A_BLOCK);
+  static_assert(BLOCK <= MAX_BLOCK);
   // In which lines are fetched: two in each column. Short lines are few, and come at once.
   static constexpr int PASSES = CHANNELS > 1 ? 1 : 2 * COLUMNS;
   // Of a row. Where a vector holds several channels, the lanes of each have sums of their own.

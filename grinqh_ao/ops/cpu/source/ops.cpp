@@ -42,7 +42,7 @@ std::optional<Dtype> dtype_of(const Tensor& x) {
 }
 
 // The tensors of a weight [N, K], or of a stack of them, as ops/oracle.py describes them.
-struct Stored {
+struct WeightTensors {
   Tensor slices, scales, vectors;
   Maybe bias = {}, low = {}, mean = {};
 
@@ -85,7 +85,7 @@ struct Stored {
 };
 
 void check_levels(const Levels& levels) {
-  STD_TORCH_CHECK(!levels.empty() && levels.size() <= MOST_LEVELS, "expected 1 to ", MOST_LEVELS,
+  STD_TORCH_CHECK(!levels.empty() && levels.size() <= MAX_LEVELS, "expected 1 to ", MAX_LEVELS,
                   " levels");
   int64_t last = -2;
   for (const int64_t level : levels) {
@@ -96,7 +96,7 @@ void check_levels(const Levels& levels) {
 }
 
 // Only addresses go further.
-void check_shapes(const Stored& weight, int64_t k, const Levels& levels) {
+void check_shapes(const WeightTensors& weight, int64_t k, const Levels& levels) {
   const int64_t tile = weight.slices.size(-1) * FIELDS_PER_WORD, tiles = weight.slices.size(-3);
   const int64_t n = weight.n(), lines = levels.back() / 2 * k;
   const int64_t stacked = weight.slices.dim() - 3;
@@ -144,19 +144,19 @@ int64_t rows_of(const Tensor& x) {
 }
 
 // x [..., K] times each weight -> [..., N] each; nothing if the kernels do not take this.
-std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
+std::vector<Tensor> decode_all(const Tensor& given, std::vector<WeightTensors>& all,
                                const Levels& levels) {
   check_levels(levels);
   const auto dtype = dtype_of(given);
   const int64_t rows = rows_of(given);
-  if (!dtype || rows < 1 || rows > MOST_ROWS || stored.empty()) return {};
+  if (!dtype || rows < 1 || rows > MAX_ROWS || all.empty()) return {};
   const int64_t k = given.size(-1);
   const Tensor x = in_order(given);
   const Call call = call_of(*dtype, rows, k, levels);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   std::vector<Tensor> outs;
   std::vector<Weight> weights;
-  for (Stored& weight : stored) {
+  for (WeightTensors& weight : all) {
     if (weight.n() <= 0) return {};
     STD_TORCH_CHECK(weight.slices.dim() == 3, "slices do not fit: expected those of one weight");
     check_shapes(weight, k, levels);
@@ -174,7 +174,7 @@ std::vector<Tensor> decode_all(const Tensor& given, std::vector<Stored>& stored,
 Tensor decode_linear(const Tensor& x, const Tensor& slices, const Tensor& scales,
                      const Tensor& vectors, const Maybe& bias, const Maybe& low,
                      const Levels& levels, const Maybe& mean) {
-  std::vector<Stored> weight{{slices, scales, vectors, bias, low, mean}};
+  std::vector<WeightTensors> weight{{slices, scales, vectors, bias, low, mean}};
   const auto outs = decode_all(x, weight, levels);
   if (!outs.empty()) return outs[0];
   return oracle<Tensor>("grinqh::decode_linear", x, slices, scales, vectors, bias, low,
@@ -186,7 +186,7 @@ std::vector<Tensor> decode_linears(const Tensor& x, const std::vector<Tensor>& s
                                    const std::vector<Tensor>& vectors,
                                    const std::vector<Maybe>& biases, const std::vector<Maybe>& lows,
                                    const Levels& levels) {
-  std::vector<Stored> weights;
+  std::vector<WeightTensors> weights;
   for (size_t i = 0; i < slices.size(); ++i)
     weights.push_back({slices[i], scales.at(i), vectors.at(i), biases.at(i), lows.at(i)});
   auto outs = decode_all(x, weights, levels);
@@ -203,7 +203,7 @@ Tensor decode_experts(const Tensor& given, const Tensor& experts, const Tensor& 
   };
   check_levels(levels);
   const auto dtype = dtype_of(given);
-  Stored stack{slices, scales, vectors};
+  WeightTensors stack{slices, scales, vectors};
   if (!dtype || given.numel() == 0 || stack.n() <= 0) return left_to_the_oracle();
   STD_TORCH_CHECK(given.dim() == 2 && experts.numel() == given.size(0) && slices.dim() == 4,
                   "expected x [S, K], experts [S] and a stack of weights");
@@ -228,19 +228,19 @@ Tensor decode_experts(const Tensor& given, const Tensor& experts, const Tensor& 
 // The weight at `level`, from tile `first` on: to out [outputs, K], or transposed to [K, whole
 // tiles], as much as that has room for.
 void dequantize_into(const Tensor& slices, const Tensor& scales, const Tensor& vectors,
-                     const Maybe& low, int64_t level, int64_t stored, int64_t first,
+                     const Maybe& low, int64_t level, int64_t stored_bits, int64_t first,
                      bool transposed, Tensor& out) {
   const auto dtype = dtype_of(out);
-  Stored weight{slices, scales, vectors, {}, low};
+  WeightTensors weight{slices, scales, vectors, {}, low};
   const int64_t k = weight.k(), tile = slices.size(2) * FIELDS_PER_WORD;
-  check_levels({stored});
+  check_levels({stored_bits});
   check_levels({level});
-  check_shapes(weight, k, {stored});
+  check_shapes(weight, k, {stored_bits});
   STD_TORCH_CHECK(out.dim() == 2, "out does not fit the weight");
   const int64_t outputs = out.size(transposed ? 1 : 0), tiles = (outputs + tile - 1) / tile;
   const int64_t expected =
       transposed ? tiles * tile : std::min(tiles * tile, weight.n() - first * tile);
-  STD_TORCH_CHECK(dtype && out.is_contiguous() && 0 < level && level <= stored && 0 <= first &&
+  STD_TORCH_CHECK(dtype && out.is_contiguous() && 0 < level && level <= stored_bits && 0 <= first &&
                       first + tiles <= slices.size(0) && out.size(transposed ? 0 : 1) == k &&
                       outputs == expected,
                   "out does not fit the weight");
@@ -250,7 +250,7 @@ void dequantize_into(const Tensor& slices, const Tensor& scales, const Tensor& v
   some.scales += first * k * (tile / SCALE_GROUP);
   some.row_scale += first * tile;
   some.n = std::min(tiles * tile, some.n - first * tile);
-  dequantize(call_of(*dtype, 0, k, {stored}), some, level, transposed);
+  dequantize(call_of(*dtype, 0, k, {stored_bits}), some, level, transposed);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Vectors of the machine's width, in GCC's and Clang's portable notation.
+// Vectors of the machine's width (SIMD), in GCC's and Clang's portable notation.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -78,9 +78,9 @@ inline void store_rounded(c10::BFloat16* to, Floats from) {
 
 // The same; the largest are not rounded to infinity.
 inline void store_rounded(c10::Half* to, Floats from) {
-  constexpr float LARGEST = 65504;
-  from = from > LARGEST ? Floats{} + LARGEST : from;
-  from = from < -LARGEST ? Floats{} - LARGEST : from;
+  constexpr float MAX = 65504;
+  from = from > MAX ? Floats{} + MAX : from;
+  from = from < -MAX ? Floats{} - MAX : from;
 #if defined(__AVX512BW__)
   store(to, _mm512_cvtps_ph((__m512)from, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__) && defined(__F16C__)

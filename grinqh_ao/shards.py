@@ -16,7 +16,7 @@ from grinqh_ao.slices import HIGH_SLICES, TILE_WIDTHS, pack, unpack
 from grinqh_ao.torchao_tensor import GrinqhTensor
 
 
-def part(weight: GrinqhTensor, dim: int, start: int, stop: int) -> GrinqhTensor:
+def shard(weight: GrinqhTensor, dim: int, start: int, stop: int) -> GrinqhTensor:
     """Outputs (``dim=0``) or inputs (``dim=1``) from ``start`` to before ``stop`` of [N, K].
 
     Raises:
