@@ -78,6 +78,7 @@ def copy_bandwidth() -> float:
 
 
 def copies(weight: Tensor, nbytes: float) -> list[Tensor]:
+    """As many as it takes to read ROTATED bytes, of which a call reads ``nbytes``."""
     number = max(2, round(ROTATED / nbytes))
     return [weight, *(weight.clone() for _ in range(number - 1))]
 
@@ -120,11 +121,16 @@ def layer(n: int, k: int, seconds: float) -> dict[str, Any]:
             timed.pop(name, None)
             print(f"{name} of {n}x{k} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
     nested = GrinqhTensor.from_hp(dense)
-    weights = copies(nested, nested.stored_bytes)
     needed = {}
+    for bits in BITS:
+        nested.set_bits(bits)
+        levels = nested.grade(half)
+        needed[f"{bits:g} bits"] = n * (float(levels.sum()) / 8 + float((levels > 0).sum()) / 64)
+    weights = copies(nested, min(needed.values()))
     for i, bits in enumerate(BITS):
         # Thresholds of their own on the same data; in another order, or caches might hold some.
-        order = [*weights[i % len(weights) :], *weights[: i % len(weights)]]
+        number = max(2, round(ROTATED / needed[f"{bits:g} bits"]))
+        order = [weights[(i + j) % len(weights)] for j in range(number)]
         read = [w.with_data(lambda data: data) for w in order]
         for weight in read:
             weight.vectors = weight.vectors.clone()
@@ -134,8 +140,6 @@ def layer(n: int, k: int, seconds: float) -> dict[str, Any]:
         # The same lines without any arithmetic, for comparison.
         if bits == 3.0 and read[0].slices.shape[-1] * 4 >= 64:
             timed["3 bits, only read"] = [selected_lines.reader(w, half) for w in read]
-        levels = read[0].grade(half)
-        needed[f"{bits:g} bits"] = n * (float(levels.sum()) / 8 + float((levels > 0).sum()) / 64)
     return {"shape": [n, k], "us": compare(timed, seconds), "needed_bytes": needed}
 
 

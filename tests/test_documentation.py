@@ -7,15 +7,18 @@ examples run in short form, on the demo's model where that is installed.
 """
 
 import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -102,6 +105,22 @@ def succeeds(words, **options) -> str:
     return done.stdout
 
 
+def run_script(script: Path, arguments: list, said: str = "") -> str:
+    """What a Python program prints, run in this process, which has imported most of it already."""
+    printed = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [str(script), *map(str, arguments)]),
+        mock.patch.object(sys, "path", [str(script.parent), *sys.path]),
+        mock.patch.object(sys, "stdin", io.StringIO(said)),
+        contextlib.redirect_stdout(printed),
+    ):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as exited:
+            assert not exited.code, f"{script}: {exited.code}\n{printed.getvalue()[-2000:]}"
+    return printed.getvalue()
+
+
 def run_command(words: list[str], dense: Path) -> None:
     """In the current directory, which is none of the project's."""
     given = [str(dense) if word in ("MODEL", SMOLLM2) else word for word in words[1:]]
@@ -120,13 +139,14 @@ def run_command(words: list[str], dense: Path) -> None:
         case ["torchrun", *_]:
             succeeds([sys.executable, "-m", "torch.distributed.run", "--standalone", *given])
         case ["transformers", "serve", *_]:  # tests/test_serving.py does
-            knows(given[1:], [Path(sys.executable).with_name("transformers"), "serve"])
+            program = [Path(sys.executable).with_name("transformers"), "serve", "--help"]
+            assert knows(given[1:], succeeds(program))
         case ["python", script, *_] if script.startswith("benchmarks/"):
-            knows(given[1:], [sys.executable, ROOT / script])
+            assert knows(given[1:], run_script(ROOT / script, ["--help"]))
         case ["python", script, *_] if script.startswith("docs/examples/"):
             shutil.copytree(ROOT / "docs", "docs", dirs_exist_ok=True)
             short = ["--model", saved_smollm2(dense.parent), *SHORT[Path(script).name].split()]
-            output = succeeds([sys.executable, *given, *short], input=SAID)
+            output = run_script(Path(script), [*given[1:], *short], SAID)
             if script.endswith("chat.py"):
                 assert output.count("bits read per weight") == 2
                 assert "=9.0: expected a number above 0" in output
@@ -146,10 +166,10 @@ def saved_smollm2(directory: Path) -> Path:
     return directory
 
 
-def knows(given: list[str], program: list) -> None:
-    described = succeeds([*program, "--help"])
+def knows(given: list[str], described: str) -> bool:
+    """Whether a program's --help describes all options."""
     options = set(re.findall(r"--[\w-]+", described))
-    assert {word for word in given if word.startswith("--")} <= options
+    return {word for word in given if word.startswith("--")} <= options
 
 
 @pytest.mark.timeout(1800)
