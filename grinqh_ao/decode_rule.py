@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from grinqh_ao.eager import eagerly
+from grinqh_ao.tracing import being_traced
 
 # With more, reading all bits once, for a dense product, is taken to be cheaper (docs/kernel.md has
 # times). Kernels are made for as many: MAX_ROWS in ops.
@@ -85,6 +87,14 @@ def first_row_by_shape(x: Tensor) -> int | None:
     return switch.prefix
 
 
+def rows_are_open(x: Tensor) -> bool:
+    """Whether this is traced for any number of rows, few and many."""
+    if not being_traced():
+        return False
+    rows, few = x.numel() // x.shape[-1], MAX_DECODED_TOGETHER
+    return not (statically_known_true(rows <= few) or statically_known_true(rows > few))
+
+
 def decoded_tokens(tokens: int) -> bool | Tensor:
     """Which of a batch's tokens experts decode: all, none, or with the switch on bool [tokens].
 
@@ -105,4 +115,4 @@ def decoded_together() -> bool:
 
 def _active() -> _Switch | None:
     # Compiled functions run eagerly under the switch, and Dynamo cannot trace a ContextVar.
-    return None if torch.compiler.is_compiling() else _switch.get()
+    return None if being_traced() else _switch.get()

@@ -8,6 +8,8 @@ computes all of them, the others find their result waiting.
 from __future__ import annotations
 
 import logging
+import re
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -15,26 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from grinqh_ao import ops
-from grinqh_ao.decode_rule import decoded_together
+from grinqh_ao.decode_rule import decoded_together, rows_are_open
 from grinqh_ao.layers import GrinqhLinear, adopt
 from grinqh_ao.linear import Inner, first_decoded_row, transformed
 from grinqh_ao.model import require_quantized_linears
 from grinqh_ao.torchao_tensor import GrinqhTensor
+from grinqh_ao.tracing import being_traced
 
 logger = logging.getLogger("grinqh_ao")
 
 # Names that Llama, Qwen and most of their relatives give to projections of the same activations.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# What modules are called in which q sees other activations than k and v.
+CROSS_ATTENTION = re.compile(r"encoder_attn|cross", re.IGNORECASE)
 
 
 def fuse_projections(model: nn.Module) -> list[list[str]]:
     """Decodes q, k and v, and gate and up, in one launch each, where a model has them.
 
     Parameters, ``state_dict``, hooks, prompts and gradients are untouched, and so is ``set_bits``:
-    every projection keeps its weight and thresholds. Results differ by the order of float32 sums
-    at most. Threads, and streams of a GPU, must not share activations; and in a compiled function
-    or in inference mode, which counts no versions of tensors, nothing must write to them between a
-    group's projections. Worth it where launches cost more than reading: small layers, large GPUs.
+    every projection keeps its weight and thresholds. Cross-attention is left as it is. Results
+    differ by the order of float32 sums at most. Threads, and streams of a GPU, must not share
+    activations; and in a compiled function or in inference mode, which counts no versions of
+    tensors, nothing must write to them between a group's projections. Worth it where launches cost
+    more than reading: small layers, large GPUs.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
@@ -52,7 +58,7 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
         for names in GROUPS:
             found = [getattr(parent, name, None) for name in names]
             members = [module for module in found if isinstance(module, nn.Linear)]
-            if len(members) < len(names):
+            if len(members) < len(names) or CROSS_ATTENTION.search(parent_name.rpartition(".")[2]):
                 continue
             full_names = [f"{parent_name}.{name}".lstrip(".") for name in names]
             if all(isinstance(member, FusedLinear) for member in members):
@@ -63,8 +69,9 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
                 for member in members:
                     adopt(member)
                     member.__class__ = FusedLinear
-                group = _Group(cast(list[FusedLinear], members))
-                for index, member in enumerate(group.members):
+                fused_members = cast(list[FusedLinear], members)
+                group = _Group(fused_members)
+                for index, member in enumerate(fused_members):
                     member._group, member._index = group, index
                 fused.append(full_names)
     return fused
@@ -108,13 +115,15 @@ def _compatible(weights: list[Any]) -> bool:
 def _decoded_alike(x: Tensor, weights: list[Inner], biases: Sequence[Tensor | None]) -> bool:
     """Whether all rows of ``x`` are decoded together, with all weights, by the same op."""
     return (
-        x.is_floating_point()
+        not torch.jit.is_tracing()  # type: ignore[attr-defined]  # no lists of what may be None
+        and x.is_floating_point()
         and x.shape[-1] == weights[0].scales.shape[1]
         and x.device == weights[0].slices.device
         and x.device.type != "meta"
         and not torch.is_autocast_enabled(x.device.type)
         and decoded_together()
         and not transformed()
+        and not rows_are_open(x)
         and _compatible(weights)
         and all(first_decoded_row(x, bias) == 0 for bias in biases)
     )
@@ -144,7 +153,7 @@ class _Results(NamedTuple):
 
 def _version(tensor: Tensor) -> int:
     """Counts how often it was written to, where PyTorch does."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    return 0 if being_traced() or tensor.is_inference() else tensor._version
 
 
 def _operands(weight: Inner | None, bias: Tensor | None) -> _Operands:
@@ -168,11 +177,18 @@ def _seen(x: Tensor) -> tuple[object, ...]:
 class _Group:
     """Layers that see the same activations, and results that wait to be fetched."""
 
-    def __init__(self, members: list[FusedLinear]) -> None:
-        self.members = members
+    def __init__(self, members: Sequence[FusedLinear | None]) -> None:
+        # Weakly, for they hold the group: a model is freed as soon as nobody uses it, and so is a
+        # layer that another was put in place of, after which the others go alone.
+        self._members = [_gone if member is None else weakref.ref(member) for member in members]
         # Replaced as a whole, never changed: a model may run in several threads, whose activations
         # differ.
         self.waiting: _Results | None = None
+
+    @property
+    def members(self) -> list[FusedLinear | None]:
+        """None where a layer is no more."""
+        return [member() for member in self._members]
 
     def result(self, index: int, x: Tensor) -> Tensor | None:
         """What member ``index`` computes of ``x``; None if the members do not decode it alike."""
@@ -188,19 +204,22 @@ class _Group:
     def _fits(self, found: _Results, index: int, x: Tensor) -> bool:
         if index not in found.left or found.x is not x or found.seen != _seen(x):
             return False
-        operands, member = found.operands[index], self.members[index]
-        if torch.compiler.is_compiling():
+        operands, member = found.operands[index], self._members[index]()
+        if being_traced():
             return operands is None
-        return operands is not None and operands.same(_operands(member.inner(), member.bias))
+        if operands is None or member is None:
+            return False
+        return operands.same(_operands(member.inner(), member.bias))
 
     def _compute(self, x: Tensor) -> _Results | None:
-        found = [member.inner() for member in self.members]
+        members = [member for member in self.members if member is not None]
+        found = [member.inner() for member in members]
         weights = [weight for weight in found if weight is not None]
-        biases = [member.bias for member in self.members]
-        if len(weights) < len(found) or not _decoded_alike(x, weights, biases):
+        biases = [member.bias for member in members]
+        if len(weights) < len(self._members) or not _decoded_alike(x, weights, biases):
             return None
         operands = [
-            None if torch.compiler.is_compiling() else _operands(weight, bias)
+            None if being_traced() else _operands(weight, bias)
             for weight, bias in zip(weights, biases, strict=True)
         ]
         outputs = ops.decode_linears(
@@ -214,8 +233,16 @@ class _Group:
         )
         return _Results(x, _seen(x), operands, outputs, frozenset(range(len(weights))))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "waiting": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Members come second: they refer to the group, which has to be there before.
+        return _Group, ([],), {"members": self.members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["members"])  # type: ignore[misc]
+
+
+def _gone() -> None:
+    """In place of a reference to a layer that is no more."""
 
 
 class FusedLinear(GrinqhLinear):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grinqh_ao.decode_rule import decoded_together
 from grinqh_ao.linear import Inner, linear
 from grinqh_ao.torchao_tensor import GrinqhTensor
+from grinqh_ao.tracing import being_traced
 
 
 class GrinqhLinear(nn.Linear):
@@ -45,7 +46,7 @@ class GrinqhLinear(nn.Linear):
 
     def inner(self) -> Inner | None:
         """What is in the weight, if this layer can compute with that."""
-        if torch.compiler.is_compiling():
+        if being_traced():
             # Not is_exporting(), which is True in all that Dynamo traces.
             found = None if torch.compiler._is_exporting_flag else self._inner
         else:

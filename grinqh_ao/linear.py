@@ -14,6 +14,7 @@ from grinqh_ao.codec import SCALE_GROUP, decode_scales, level_values, lookup, na
 from grinqh_ao.ops.dense_products import dense_product, product_dtype
 from grinqh_ao.slices import split, unpack_rows
 from grinqh_ao.torchao_tensor import GrinqhTensor
+from grinqh_ao.tracing import being_traced
 from grinqh_ao.vectors import outputs_of
 
 
@@ -25,6 +26,7 @@ class Inner(NamedTuple):
     vectors: Tensor
     low: Tensor | None
     levels: tuple[int, ...]
+    sharing: None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return ops.dequantize(
@@ -51,6 +53,17 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
         raise TypeError(f"input of dtype {x.dtype}: expected floating point")
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
+    if decode_rule.rows_are_open(x) and not wants_grad(x, bias) and weight.sharing is None:
+        return ops.linear(
+            x,
+            weight.slices,
+            weight.scales,
+            weight.vectors,
+            bias,
+            weight.low,
+            weight.levels,
+            decode_rule.MAX_DECODED_TOGETHER,
+        )
     decode_rule.note_sequence(x)
     start = first_decoded_row(x, bias)
     if start is None:
@@ -108,7 +121,7 @@ def _dense(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None) -> Tens
             weight.levels[-1],
         )
     dtype = product_dtype(x)
-    if not wanted or torch.compiler.is_compiling() or transformed():
+    if not wanted or being_traced() or transformed():
         # Compilers keep the dense weight for the backward pass: as small as it can be.
         return dense_product(x, weight.dequantize(x.dtype).to(dtype), bias)
     dense = weight.dequantize(dtype)
@@ -150,7 +163,7 @@ def autocast(x: Tensor) -> Tensor:
 
 def transformed() -> bool:
     """Whether a transform of torch.func is at work, which hooks and some ops know nothing of."""
-    if torch.compiler.is_compiling():
+    if being_traced():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -159,7 +172,7 @@ def wants_grad(x: Tensor, bias: Tensor | None = None) -> bool:
     """Backwards or forwards."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return True
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if being_traced() or forward_ad._current_level < 0:
         return False
     given = [x] if bias is None else [x, bias]
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)

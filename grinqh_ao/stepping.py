@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
+
+from grinqh_ao.tracing import being_traced
 
 _GATE = "_grinqh_gate"
 
@@ -131,13 +132,13 @@ class _Enter:
         self.gate = gate
 
     def __call__(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not being_traced():
             self.gate.enter(sys._getframe(1))
 
 
 class _Leave(_Enter):
     def __call__(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not being_traced():
             self.gate.leave()
 
 

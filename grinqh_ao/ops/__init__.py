@@ -34,6 +34,10 @@ _library.define(
     "int level) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # it waits for the device, to know which experts it needs
 )
+_library.define(  # where the number of rows is known when it runs
+    "linear(Tensor x, Tensor slices, Tensor scales, Tensor vectors, Tensor? bias, Tensor? low, "
+    "int[] levels, int max_decoded) -> Tensor"
+)
 _library.define(
     "dense_linear(Tensor x, Tensor slices, Tensor scales, Tensor vectors, Tensor? bias, "
     "Tensor? low, int level) -> Tensor"
@@ -73,6 +77,25 @@ _library.impl("dequantize", oracle.dequantize, "CompositeExplicitAutograd")
 
 _library.impl("dense_linear", dequantize_on_cpu.dense_linear, "CPU")
 _library.impl("dequantize", dequantize_on_cpu.dequantize, "CPU")
+
+
+def _linear(
+    x: Tensor,
+    slices: Tensor,
+    scales: Tensor,
+    vectors: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    levels: Sequence[int],
+    max_decoded: int,
+) -> Tensor:
+    weight = (slices, scales, vectors, bias, low)
+    if 1 <= x.numel() // x.shape[-1] <= max_decoded:
+        return decode_linear(x, *weight, levels)
+    return dense_linear(x, *weight, levels[-1])
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
 
 
 @functools.cache
@@ -196,6 +219,7 @@ def _(
 
 
 @torch.library.register_fake("grinqh::dense_linear")
+@torch.library.register_fake("grinqh::linear")
 def _(
     x: Tensor,
     slices: Tensor,
@@ -224,4 +248,5 @@ decode_linears: Callable[..., list[Tensor]] = torch.ops.grinqh.decode_linears.de
 decode_experts: Callable[..., Tensor] = torch.ops.grinqh.decode_experts.default
 dense_experts: Callable[..., Tensor] = torch.ops.grinqh.dense_experts.default
 dense_linear: Callable[..., Tensor] = torch.ops.grinqh.dense_linear.default
+linear: Callable[..., Tensor] = torch.ops.grinqh.linear.default
 dequantize: Callable[..., Tensor] = torch.ops.grinqh.dequantize.default
