@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -193,10 +194,15 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> None:
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     weight, wanted = args[0], [*args[1:], *kwargs.values(), True][0]
     if wanted:
-        logger.warning("requires_grad=True has no effect on a GrinqhTensor: codes are not trained")
+        _say_that_codes_are_not_trained()
     with torch._C.DisableTorchFunctionSubclass():
         result: Tensor | None = func(weight, False)
     return result
+
+
+@functools.cache  # models have many weights
+def _say_that_codes_are_not_trained() -> None:
+    logger.warning("requires_grad=True has no effect on a GrinqhTensor: codes are not trained")
 
 
 @GrinqhTensor.implements(aten.is_pinned.default)

@@ -44,7 +44,12 @@ def check_batch(batch: object, name: str = "data") -> None:
     """Raises TypeError unless ``batch`` is token ids [B, S], or a mapping with such input_ids."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        what = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
+        if isinstance(ids, Tensor):
+            what = f"shape {tuple(ids.shape)}"
+        elif isinstance(batch, Mapping) and ids is not None:
+            what = f"input_ids in a {type(ids).__name__} (of a tokenizer: return_tensors='pt')"
+        else:
+            what = type(batch).__name__
         raise TypeError(
             f"{name} has a batch of {what}: expected token ids [B, S], or a mapping with input_ids"
         )

@@ -42,7 +42,7 @@ class ChannelUse:
         above = ALL_LEVELS.index(HIGH_LEVEL)  # of the thresholds: that of the next level
         # By the formula, in units of the token's mean |x|: near enough to put channels in order.
         self._threshold = thresholds_for(bits, ALL_LEVELS)[1, above].item()
-        self._cost = torch.zeros(channels, dtype=torch.float64)
+        self._cost = torch.zeros(channels, dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor) -> None:
         """Activations times sensitivity [tokens, K], of first positions too.
@@ -61,6 +61,6 @@ class ChannelUse:
         of that over the tokens that would read more than 4 bits of them.
         """
         share = (stored_bits - HIGH_LEVEL) / (FULL_LEVEL - HIGH_LEVEL)
-        kept = torch.zeros(len(self._cost), dtype=torch.bool)
+        kept = torch.zeros_like(self._cost, dtype=torch.bool)
         kept[self._cost.topk(max(1, round(share * len(kept)))).indices] = True
         return kept

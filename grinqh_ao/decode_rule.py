@@ -105,7 +105,7 @@ def decoded_tokens(tokens: int) -> bool | Tensor:
     if switch is None or tokens == 1:
         return 1 <= tokens <= MAX_DECODED_TOGETHER
     length = switch.sequence if switch.sequence and tokens % switch.sequence == 0 else tokens
-    return torch.arange(tokens) % length >= switch.prefix
+    return torch.arange(tokens, device="cpu") % length >= switch.prefix
 
 
 def decoded_together() -> bool:

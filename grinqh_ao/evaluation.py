@@ -127,8 +127,14 @@ def evaluate(
             the first positions of a text draw massive activations, and are never decoded.
 
     Raises:
+        TypeError: ``reference`` is none.
         ValueError: ``dense_prefix`` leaves no position with a next token to score.
     """
+    if not isinstance(reference, Reference):
+        raise TypeError(
+            f"reference is a {type(reference).__name__}: expected what grinqh_ao.reference(model, "
+            "input_ids) gives of the full-precision model"
+        )
     ids = reference.input_ids
     if not isinstance(dense_prefix, int) or not 0 <= dense_prefix < ids.shape[1] - 1:
         raise ValueError(
@@ -157,7 +163,7 @@ def evaluate(
         kl=kl.mean().item(),
         kl_median=kl.median().item(),
         kl_p90=kl.quantile(0.9).item(),
-        perplexity=float(torch.tensor(nll / scored).exp()),
+        perplexity=torch.tensor(nll / scored, dtype=torch.float64).exp().item(),
         agreement=agree / len(kl),
         positions=len(kl),
         read=measurement if measurement and measurement.layers else None,

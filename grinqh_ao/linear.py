@@ -42,15 +42,15 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
 
     Raises:
         ValueError: shapes do not fit, or ``weight`` is a stack of experts' weights.
-        TypeError: ``x`` is not floating point.
+        TypeError: ``x`` is not floating point, or of 8 bits.
     """
     tiles = weight.scales.shape  # what is asked of a plain tensor is answered faster
     if len(tiles) != 3:
         raise ValueError(f"weight: a stack of {tiles[0]} experts; expected one expert's [out, in]")
-    if x.shape[-1] != tiles[1]:
+    if not x.shape or x.shape[-1] != tiles[1]:
         raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {tiles[1]}]")
-    if not x.is_floating_point():
-        raise TypeError(f"input of dtype {x.dtype}: expected floating point")
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise TypeError(f"input of dtype {x.dtype}: expected floating point of 16 bits or more")
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
     if decode_rule.rows_are_open(x) and not wants_grad(x, bias) and weight.sharing is None:

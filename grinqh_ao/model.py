@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,7 @@ def summary(model: nn.Module) -> Summary:
                 parameter = _with_data(module, parameter, known)
             if hasattr(parameter, "to_local"):  # a DTensor: what this rank has of it
                 parameter = parameter.to_local()
-            holders.setdefault(parameter, []).append(name.removesuffix(".weight"))
+            holders.setdefault(parameter, []).append(re.sub(r"(^|\.)weight$", "", name))
             modules.setdefault(parameter, module)
     nested = {t: names for t, names in holders.items() if isinstance(t, GrinqhTensor)}
     others: list[torch.Tensor] = [t for t in holders if t not in nested]

@@ -40,7 +40,7 @@ class Observer:
         self.histogram = histogram
         self.use = use
         self.tokens = 0
-        self._gradient_energy = torch.zeros(weight.shape[0], dtype=torch.float64)
+        self._gradient_energy = torch.zeros(weight.shape[0], dtype=torch.float64, device="cpu")
 
     def see(self, counted: Tensor, everything: Tensor) -> None:
         """Activations [tokens, K]: of positions as decoding sees them, and of all."""
@@ -202,7 +202,7 @@ class _Positions:
         x, experts = args[0].detach(), args[1]
         x = x.expand(*experts.shape, -1)
         counted, everything = (
-            (which.flatten() if which.numel() == len(x) else torch.ones(len(x), dtype=torch.bool))
+            (which.flatten() if which.numel() == len(x) else which.new_ones(len(x)))
             .to(x.device)[:, None]
             .expand_as(experts)
             for which in (self._counted, ~self._padding)

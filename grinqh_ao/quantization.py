@@ -107,13 +107,15 @@ def _quantize_layers(todo: dict[Layer, bool], owners: Owners, device: Any) -> No
 
 def _tell_transformers(model: nn.Module) -> None:
     """So that ``save_pretrained`` works."""
-    huggingface: Any = sys.modules.get("grinqh_ao.huggingface")  # absent without transformers
-    if huggingface is None or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
+    saving: Any = sys.modules.get("grinqh_ao.huggingface.quantizer")  # absent without transformers
+    if saving is None:
         return
-    try:
-        huggingface.attach(model)
-    except ValueError as error:
-        logger.warning("save_pretrained will not work: %s", error)
+    for part in saving.quantized_models(model):
+        try:
+            saving.attach(part)
+        except ValueError as error:
+            logger.warning("save_pretrained will not work: %s", error)
+            return
 
 
 def _calibrate(model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -173,9 +175,21 @@ def plan(call: QuantizeCall, owners: Owners) -> dict[Layer, bool]:
     for layer, reason in held_elsewhere(todo, owners).items():
         del todo[layer]
         reasons[layer] = reason
-    for layer, reason in reasons.items():
-        logger.warning("%s is left dense: %s", layer, reason)
+    _say_what_stays_dense(reasons)
     return todo
+
+
+def _say_what_stays_dense(reasons: dict[Layer, str]) -> None:
+    """One line for each reason."""
+    alike: dict[str, list[str]] = {}
+    for layer, reason in reasons.items():
+        alike.setdefault(reason, []).append(str(layer))
+    for reason, names in alike.items():
+        if len(names) == 1:
+            logger.warning("%s is left dense: %s", names[0], reason)
+        else:
+            some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            logger.warning("%d layers are left dense: %s (%s)", len(names), reason, some)
 
 
 def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) -> None:
@@ -218,7 +232,7 @@ def _why_dense(layer: Layer, selected: dict[nn.Module, Layer], owners: Owners) -
     if type(weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {type(weight).__name__} already"
     if weight.dtype not in SUPPORTED_DTYPES:
-        return f"its weight has dtype {weight.dtype}"
+        return f"its weight has dtype {weight.dtype}, expected one of {SUPPORTED_DTYPES}"
     if weight.numel() == 0:
         return f"its weight is empty, of shape {tuple(weight.shape)}"
     for name, owner in owners.get(weight, ()):

@@ -38,7 +38,7 @@ def load(
 
     Raises:
         ModelNotFoundError: there is no such file, directory or package.
-        ValueError: it is to be quantized and is already.
+        ValueError: it is to be quantized and is already, or no GGUF file for all its name.
     """
     options: dict[str, Any] = {}
     tokenizer_options: dict[str, Any] = {}
@@ -49,12 +49,15 @@ def load(
         path = Path(model)
         if not path.is_file():
             raise ModelNotFoundError(f"{model}: no such file")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{model}: is no GGUF file")
         model, tokenizer_options = str(path.parent), {"gguf_file": path.name}
         # Where a kernel is installed, transformers may keep GGUF weights packed in its own modules.
         options = tokenizer_options | {
             "quantization_config": transformers.GgufConfig(dequantize=True)
         }
-    elif not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+    elif not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise ModelNotFoundError(f"{model}: no such directory, and no hub id")
     elif quantize is not None:
         if is_saved_quantized(model):

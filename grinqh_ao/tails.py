@@ -77,7 +77,7 @@ def measured(shares: Sequence[float], everything: float = 1.0) -> Tail:
 def formula_curve() -> Tensor:
     """float32 [2 + POINTS]: the curve that says of a layer what :func:`laplace` does."""
     points = [laplace(2.0 ** (LOWEST + i / PER_OCTAVE)) for i in range(POINTS)]
-    return torch.tensor([0.0, 1.0, *points], dtype=torch.float32)
+    return torch.tensor([0.0, 1.0, *points], dtype=torch.float32, device="cpu")
 
 
 def as_compact(curve: Tensor) -> Tensor:
@@ -99,7 +99,8 @@ class Histogram:
         self.kept = kept
         self.average: float | None = None
         # Of all channels; in compact storage also of those with low slices.
-        self.counts = torch.zeros(1 if kept is None else 2, POINTS + 1, dtype=torch.int64)
+        rows = 1 if kept is None else 2
+        self.counts = torch.zeros(rows, POINTS + 1, dtype=torch.int64, device="cpu")
 
     def add(self, x: Tensor) -> None:
         """Counts magnitudes [tokens, K], but not of tokens that are not finite or all zero."""
@@ -133,15 +134,15 @@ class Histogram:
         """float64 [2]: of the layer's average and of the token's mean in u / 2**(steps / 8)."""
         assert self.average is not None
         weights = [(1 - self.relative) * self.average, self.relative]
-        return 2 ** (steps / PER_OCTAVE) * torch.tensor(weights, dtype=torch.float64)
+        return 2 ** (steps / PER_OCTAVE) * torch.tensor(weights, dtype=torch.float64, device="cpu")
 
     def shares(self, steps: int) -> Tensor:
         """float64 [2, POINTS]: shares of u / 2**(steps / 8) above the points of a curve.
 
         Of all channels, and of those with low slices: all of them unless storage is compact.
         """
-        bins = (torch.arange(POINTS + 1) - steps).clamp(0, POINTS)
-        counts = torch.zeros(len(self.counts), POINTS + 1, dtype=torch.float64)
+        bins = (torch.arange(POINTS + 1, device="cpu") - steps).clamp(0, POINTS)
+        counts = torch.zeros_like(self.counts, dtype=torch.float64)
         counts.index_add_(1, bins, self.counts.double())
         shares = counts.flip(1).cumsum(1).flip(1)[:, 1:] / counts[0].sum()
         return shares.expand(2, -1)

@@ -192,12 +192,14 @@ class GrinqhTensor(TorchAOBaseTensor):
             min_bits: raises ``bits``, now and in :meth:`set_bits`; at most the highest level.
 
         Raises:
-            ValueError: ``bits`` or ``levels`` out of range; ``weight`` not 2-D, not finite, without
-                data (meta), or with values beyond 1.3e30.
+            ValueError: ``bits``, ``levels`` or ``min_bits`` out of range; ``weight`` not 2-D, not
+                finite, without data (meta), or with values beyond 1.3e30.
             TypeError: ``weight`` has another dtype.
         """
         levels = check_levels(levels)
         check_bits(bits, levels)
+        if not isinstance(min_bits, int | float) or not 0 <= min_bits <= levels[-1]:
+            raise ValueError(f"min_bits={min_bits!r}: expected a number from 0 to {levels[-1]}")
         thresholds = thresholds_for(max(bits, min_bits), levels)
         if weight.dim() != 2:
             raise ValueError(f"weight of shape {tuple(weight.shape)}: expected [out, in]")
@@ -334,7 +336,10 @@ class GrinqhTensor(TorchAOBaseTensor):
 
         Raises:
             ValueError: ``level`` is not one of 0, 2, 4, 6 and 8, or more than is stored.
+            TypeError: ``output_dtype`` is not floating point.
         """
+        if output_dtype is not None and not output_dtype.is_floating_point:
+            raise TypeError(f"output_dtype={output_dtype}: expected floating point")
         level = self.levels[-1] if level is None else level
         if level not in ALL_LEVELS or level > self.levels[-1]:
             raise ValueError(

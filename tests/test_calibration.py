@@ -11,7 +11,7 @@ import grinqh_ao
 from grinqh_ao import GrinqhConfig, calibrate, decode_every_row, measure, set_bits, summary
 from grinqh_ao.batches import token_batches
 from grinqh_ao.model import quantized_linears
-from models import tiny_model
+from models import tiny_model, tiny_tokenizer
 
 
 def quantized(family="llama", tied=False, **config):
@@ -321,3 +321,29 @@ def test_layers_that_saw_nothing_are_named(caplog):
 
 def test_it_is_public():
     assert grinqh_ao.calibrate is calibrate
+
+
+@pytest.mark.parametrize("stored_bits", [None, 5.0])
+def test_default_devices_and_dtypes_do_not_matter(stored_bits):
+    expected, model = quantized("llama"), quantized("llama")
+    calibrate(expected, batches(seed=0), stored_bits=stored_bits)
+    data = batches(seed=0)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            calibrate(model, data, stored_bits=stored_bits)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found, wanted = curves(model), curves(expected)
+    assert all(torch.equal(curve, wanted[name]) for name, curve in found.items())
+
+
+def test_tokens_in_lists_are_named():
+    with pytest.raises(TypeError, match=r"input_ids in a list .*return_tensors='pt'"):
+        calibrate(quantized("llama"), {"input_ids": [[1, 2, 3]]})
+
+
+@pytest.mark.parametrize("tokens", [0, -5, 16, "x"])
+def test_too_few_tokens(tokens):
+    with pytest.raises(ValueError, match=f"tokens={tokens!r}: expected a whole number above 16"):
+        token_batches(["w1 w2"], tiny_tokenizer("w1 w2"), tokens)

@@ -100,11 +100,11 @@ def test_quantize_does_not_overwrite(dense, saved, capsys):
     ("arguments", "code", "message"),
     [
         (["quantize", "DENSE"], 2, "--output"),
-        (["quantize", "DENSE", "-o", "NEW", "--bits", "9"], 1, "bits=9.0"),
-        (["quantize", "DENSE", "-o", "NEW", "--levels", "0,3"], 1, "levels"),
+        (["quantize", "DENSE", "-o", "NEW", "--bits", "9"], 2, "bits=9.0"),
+        (["quantize", "DENSE", "-o", "NEW", "--levels", "0,3"], 2, "levels"),
         (["quantize", "DENSE", "-o", "NEW", "--levels", "a"], 2, "--levels"),
         (["quantize", "DENSE", "-o", "NEW", "--stored-bits", "5"], 2, "--calibrate"),
-        (["quantize", "DENSE", "-o", "NEW", "--levels", "0,2.9,4"], 1, "2.9"),
+        (["quantize", "DENSE", "-o", "NEW", "--levels", "0,2.9,4"], 2, "2.9"),
         (["quantize", "DENSE", "-o", "NEW", "--levels", "0,inf"], 2, "--levels"),
         (["quantize", "DENSE", "-o", "NEW", "--head-bits", "6,7"], 2, "--head-bits"),
         (["quantize", "DENSE", "-o", "NEW", "--dtype", "int3"], 2, "--dtype"),
@@ -117,9 +117,18 @@ def test_quantize_does_not_overwrite(dense, saved, capsys):
         (["info", "/no/where"], 1, "No such file"),
         (["generate", "SAVED"], 2, "--prompt"),
         (["generate", "SAVED", "-p", ""], 2, "--prompt"),
-        (["generate", "SAVED", "-p", "w1", "--bits", "0"], 1, "expected a number above 0"),
+        (["generate", "SAVED", "-p", "w1", "--bits", "0"], 2, "expected a number above 0"),
         (["evaluate", "SAVED", "--bits", "2,x"], 2, "--bits"),
-        (["bench", "SAVED", "--bits", "12"], 1, "12"),
+        (["bench", "SAVED", "--bits", "12"], 2, "12"),
+        (["bench", "SAVED", "--against", "SAVED"], 2, "is quantized"),
+        (["evaluate", "SAVED", "--against", "SAVED", "--tokens", "64"], 2, "is quantized"),
+        (["evaluate", "SAVED", "--json", "/no/where/at/all.json"], 2, "--json"),
+        (["generate", "SAVED", "-p", "w1 \udcff"], 2, "is no text"),
+        (["quantize", "DENSE", "-o", "NEW", "--calibrate", "BINARY"], 2, "0xff"),
+        (["quantize", "DENSE", "-o", "NEW", "--calibrate", "EMPTY"], 2, "is empty"),
+        (["quantize", "DENSE", "-o", "EMPTY"], 2, "is no directory"),
+        (["quantize", "NOT.gguf", "-o", "NEW"], 1, "is no GGUF file"),
+        (["quantize", "./no/where", "-o", "NEW"], 1, "no such directory"),
         (["quantize", "DENSE", "-o", "READONLY/new"], 2, "cannot be written to"),
         (["fly"], 2, "fly"),
     ],
@@ -129,6 +138,9 @@ def test_errors_are_one_line_and_change_nothing(
     dense, saved, broken, tmp_path, capsys, monkeypatch, arguments, code, message
 ):
     places = {"DENSE": dense, "SAVED": saved, "BROKEN": broken, "NEW": tmp_path / "new"}
+    for name, content in (("BINARY", b"\xff\xfe\x00"), ("EMPTY", b"\n"), ("NOT.gguf", b"text")):
+        places[name] = tmp_path / name
+        places[name].write_bytes(content)
     places["READONLY/new"] = tmp_path / "readonly" / "new"
     (tmp_path / "readonly").mkdir()  # for root everything is writable
     access = os.access
@@ -219,7 +231,7 @@ def test_generate(saved, capsys, options):
     assert grinqh("generate", saved, "-p", "w1 w2 w3", "--max-new-tokens", "6", *options) == 0
     output = capsys.readouterr()
     assert output.out.strip()
-    match = re.search(r"tokens/s, ([\d.]+) bits read per weight, ([\d.]+) of the head", output.err)
+    match = re.search(r"tokens/s[^,]*, ([\d.]+) bits read per weight, ([\d.]+) of the head", output.err)
     bits = 2 if "2" in options else 3
     assert float(match[1]) == pytest.approx(bits, abs=0.5)
     assert float(match[2]) == pytest.approx(6, abs=0.7)

@@ -146,3 +146,19 @@ def test_bad_prefix(ids, prefix):
     model = tiny_model("llama", tied=False)
     with pytest.raises(ValueError, match=f"dense_prefix={prefix}: expected 0 to 18"):
         evaluate(model, reference(model, ids), dense_prefix=prefix)
+
+
+def test_default_dtypes_do_not_matter():
+    model = tiny_model("llama", tied=True)
+    full = reference(model, torch.randint(0, 320, (1, 40)))
+    expected = evaluate(model, full)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert evaluate(model, full).perplexity == expected.perplexity
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_is_no_reference():
+    with pytest.raises(TypeError, match="reference is a Tensor: expected what"):
+        evaluate(tiny_model("llama", tied=True), torch.zeros(1, 40, dtype=torch.long))

@@ -207,18 +207,27 @@ def test_what_cannot_be_quantized_is_left_dense(log):
     del before["good.weight"]
     assert all(snapshot(model)[name] is p for name, p in before.items())
     for name, reason in {
-        "double": "dtype torch.float64",
+        "double": "dtype torch.float64, expected one of",
         "empty": r"empty, of shape \(16, 0\)",
         "integer": "dtype torch.int8",
         "int8": "is a Int8Tensor already",
         "shared": "shares its weight with projector, a Projector",
-        "normed": "not a plain parameter",
-        "hooked": "not a plain parameter",
-        "pruned": "not a plain parameter",
     }.items():
         lines = [r for r in log.messages if r.startswith(f"{name} is left dense")]
         assert len(lines) == 1
         assert re.search(reason, lines[0])
+    alike = [r for r in log.messages if r.startswith("3 layers are left dense")]
+    assert len(alike) == 1
+    assert alike[0].endswith("not a plain parameter (normed, hooked, pruned)")
+
+
+def test_many_layers_left_dense_take_one_line(log):
+    model = nn.Sequential(*(nn.Linear(4, 4, dtype=torch.float64) for _ in range(9)))
+    quantize_(model, GrinqhConfig(bits=3))
+    lines = [line for line in log.messages if "left dense: its weight" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("9 layers")
+    assert lines[0].endswith("(0, 1, 2, 3, ...)")
 
 
 def test_matrices_outside_of_linear_layers_are_named(log):

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torchao.testing import utils as torchao_tests
 from torchao.utils import TorchAOBaseTensor
 
-from grinqh_ao import GrinqhTensor, decode_every_row, ops
+from grinqh_ao import GrinqhTensor, aten_ops, decode_every_row, ops
 from grinqh_ao.tails import formula_curve
 
 NEEDS_CUDA = pytest.mark.skipif(
@@ -393,13 +393,14 @@ def test_data_is_replaced_as_a_whole():
 
 def test_codes_are_not_trained(caplog):
     weight = nn.Parameter(GrinqhTensor.from_hp(torch.randn(96, 40)), requires_grad=False)
+    aten_ops._say_that_codes_are_not_trained.cache_clear()  # in a test before
     weight.requires_grad_(False)
     weight.requires_grad = False
     assert not caplog.text
     weight.requires_grad_()
     weight.requires_grad = True
     assert not weight.requires_grad
-    assert caplog.text.count("requires_grad=True has no effect on a GrinqhTensor") == 2
+    assert caplog.text.count("requires_grad=True has no effect on a GrinqhTensor") == 1
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
@@ -407,3 +408,16 @@ def test_codes_are_not_trained(caplog):
 def test_a_bias_that_does_not_fit(weight, shape, rows):
     with pytest.raises((ValueError, RuntimeError), match="bias"):
         F.linear(torch.randn(rows, 40), weight, torch.zeros(shape))
+
+
+def test_arguments_that_make_no_sense(weight):
+    for min_bits in (9, -1, "6"):
+        with pytest.raises(ValueError, match=f"min_bits={min_bits!r}: expected a number from 0 to"):
+            GrinqhTensor.from_hp(torch.randn(96, 40), min_bits=min_bits)
+    with pytest.raises(TypeError, match=r"output_dtype=torch.int32: expected floating point"):
+        weight.dequantize(torch.int32)
+    with pytest.raises(ValueError, match=r"input of shape \(\): expected \[\.\.\., 40\]"):
+        F.linear(torch.tensor(3.0), weight)
+    for rows in (1, 9):
+        with pytest.raises(TypeError, match="float8_e4m3fn: expected floating point of 16 bits"):
+            F.linear(torch.zeros(rows, 40).to(torch.float8_e4m3fn), weight)

@@ -7,6 +7,7 @@ the files will not do (one line says why), 2 the command line makes no sense.
 from __future__ import annotations
 
 import logging
+import struct
 import sys
 
 import typer
@@ -37,8 +38,8 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        # RuntimeError is what transformers raises of a model that it cannot load.
+    except (ValueError, OSError, ImportError, RuntimeError, struct.error) as error:
+        # The last two are what transformers raises of models and .gguf files that it cannot load.
         message = " ".join(str(error).split())
         print(f"grinqh: error: {message}", file=sys.stderr)
         sys.exit(1)

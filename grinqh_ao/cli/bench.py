@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from grinqh_ao.cli.options import BitsList, Json, Model, numbers, open_model, say
+from grinqh_ao.cli.options import (
+    BitsList,
+    Json,
+    Model,
+    check_bits_option,
+    numbers,
+    open_full_precision,
+    open_model,
+    say,
+)
 
 
 def bench(
@@ -29,16 +38,18 @@ def bench(
     from tabulate import tabulate
 
     from grinqh_ao import set_bits
-    from grinqh_ao.running import Clock, describe_machine, load, prompt_inputs
+    from grinqh_ao.running import Clock, describe_machine, prompt_inputs
 
     wanted = numbers(bits, "--bits")
+    for one in wanted:
+        check_bits_option(one)
     found, tokenizer = open_model(model, wanted[0])
     for one in wanted:
         set_bits(found, one)  # refuses it before anything is timed
     inputs = prompt_inputs(tokenizer, prompt, raw=True).to(found.device)
     original: Any = None
     if against is not None:
-        original, _ = load(against, dtype=found.dtype)
+        original = open_full_precision(against, found.dtype)
 
     def milliseconds(timed: Any) -> float:
         clock = Clock()

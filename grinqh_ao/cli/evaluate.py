@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from grinqh_ao.cli.options import BitsList, Json, Model, numbers, say
+from grinqh_ao.cli.options import (
+    BitsList,
+    Json,
+    Model,
+    check_bits_option,
+    numbers,
+    open_full_precision,
+    say,
+)
 
 
 @dataclass(frozen=True)
@@ -64,13 +72,12 @@ def evaluate(
     from grinqh_ao import evaluate as measure_quality
     from grinqh_ao import reference as predictions
     from grinqh_ao.evaluation import Quality
-    from grinqh_ao.grading import ALL_LEVELS, check_bits
     from grinqh_ao.model import is_quantized
     from grinqh_ao.running import describe_machine, english_prose, load, token_rows
 
     wanted = numbers(bits, "--bits")
     for one in wanted:
-        check_bits(one, ALL_LEVELS)
+        check_bits_option(one)
     prose = english_prose() if text is None else text.read_text()
     dtype = "auto" if Path(model).is_dir() else None
     found, tokenizer = load(model, dtype=dtype)
@@ -94,7 +101,7 @@ def evaluate(
 
     quantized = is_quantized(found)
     if against is not None:
-        original, _ = load(against, dtype=dtype)
+        original = open_full_precision(against, dtype)
         full = predictions(original, ids)
         add("full precision", measure_quality(original, full, decode_rule=False))
         del original

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from grinqh_ao.cli.options import Model, open_model, say
+from grinqh_ao.cli.options import Model, check_bits_option, open_model, say
 
 
 def generate(
@@ -33,6 +33,10 @@ def generate(
 
     if not prompt:
         raise typer.BadParameter("is empty", param_hint="--prompt")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that were no text
+        raise typer.BadParameter("is no text in this encoding", param_hint="--prompt")
+    if bits is not None:
+        check_bits_option(bits)
     found, tokenizer = open_model(model, bits)
     inputs = prompt_inputs(tokenizer, prompt, raw=raw).to(found.device)
 
@@ -68,7 +72,8 @@ def generate(
     with torch.no_grad(), decode_every_row(given), measure(found) as measured:
         found(output[:, :-1])
     read = measured.total
-    parts = [f"{new} tokens, {speed:.2f} tokens/s"]
+    compiling = " (compiling included)" if compile else ""
+    parts = [f"{new} tokens, {speed:.2f} tokens/s{compiling}"]
     if measured.body:
         parts.append(f"{measured.body.bits:.2f} bits read per weight")
     if measured.head:

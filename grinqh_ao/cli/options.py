@@ -16,7 +16,19 @@ Bits = Annotated[float, typer.Option(help="Average weight bits to read per token
 BitsList = Annotated[
     str, typer.Option("--bits", help="Averages of weight bits to read, with commas between.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+
+
+def _writable(file: Path | None) -> Path | None:
+    """Raises typer.BadParameter before anything long is begun."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{file}: expected a file in a directory that is there")
+    return file
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the results to this file.", callback=_writable),
+]
 
 
 def say(message: str) -> None:
@@ -33,6 +45,29 @@ def numbers(text: str, name: str) -> list[float]:
     if not all(map(math.isfinite, found)):
         raise typer.BadParameter(
             f"{text!r}: expected numbers with commas between, as 2,3,4", param_hint=name
+        )
+    return found
+
+
+def check_bits_option(bits: float) -> None:
+    """Raises typer.BadParameter unless some model can be read at so many bits."""
+    from grinqh_ao.grading import ALL_LEVELS, check_bits
+
+    try:
+        check_bits(bits, ALL_LEVELS)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--bits") from None
+
+
+def open_full_precision(model: str, dtype: Any = None) -> Any:
+    """The model that another is compared with; raises typer.BadParameter of a quantized one."""
+    from grinqh_ao.model import is_quantized
+    from grinqh_ao.running import load
+
+    found, _ = load(model, dtype=dtype)
+    if is_quantized(found):
+        raise typer.BadParameter(
+            f"{model} is quantized; expected a full-precision model", param_hint="--against"
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,7 +54,9 @@ def quantize(
     from grinqh_ao.compact import check_stored_bits
     from grinqh_ao.running import is_gguf, load
 
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"{output} is no directory", param_hint="--output")
+    if output.exists() and not overwrite and any(output.iterdir()):
         raise typer.BadParameter(f"{output} is there already; --overwrite?", param_hint="--output")
     there = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK):
@@ -61,7 +64,10 @@ def quantize(
     if stored_bits is not None:
         if calibrate is None:
             raise typer.BadParameter("needs --calibrate", param_hint="--stored-bits")
-        check_stored_bits(stored_bits)
+        try:
+            check_stored_bits(stored_bits)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--stored-bits") from None
         if bits >= stored_bits:
             raise typer.BadParameter("expected more than --bits", param_hint="--stored-bits")
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", max_shard_size, re.IGNORECASE):
@@ -74,13 +80,16 @@ def quantize(
             f"{head_bits!r}: expected one number, or none", param_hint="--head-bits"
         )
     wanted = numbers(levels, "--levels")
-    config = GrinqhHfConfig(
-        bits=bits,
-        levels=[int(level) if level.is_integer() else level for level in wanted],  # type: ignore[misc]
-        head_bits=head[0] if head else None,
-        modules_to_not_convert=skip,
-    )
-    text = None if calibrate is None else calibrate.read_text()
+    try:
+        config = GrinqhHfConfig(
+            bits=bits,
+            levels=[int(level) if level.is_integer() else level for level in wanted],  # type: ignore[misc]
+            head_bits=head[0] if head else None,
+            modules_to_not_convert=skip,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    text = None if calibrate is None else _read(calibrate)
     if is_gguf(model) and dtype == "auto":
         dtype = "bfloat16"
     started = time.perf_counter()
@@ -96,4 +105,14 @@ def quantize(
     save(quantized, output, tokenizer, max_shard_size=max_shard_size)
     print(summary(quantized))
     say(f"loaded and quantized in {seconds:.1f} s, saved in {output}; next:")
-    say(f'  grinqh generate {output} -p "..."')
+    say(f'  grinqh generate {shlex.quote(str(output))} -p "..."')
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file}: {error}", param_hint="--calibrate") from None
+    if not text.strip():
+        raise typer.BadParameter(f"{file}: is empty", param_hint="--calibrate")
+    return text

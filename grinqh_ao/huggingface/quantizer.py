@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
@@ -45,9 +46,10 @@ class GrinqhHfQuantizer(HfQuantizer):
         self.weights_since_giving_back = 0
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if any(str(device) in ("disk", "meta") for device in devices):
             raise ValueError(
-                "device_map: quantized weights cannot be offloaded to disk, only to the CPU"
+                "device_map: quantized weights cannot be offloaded to disk or meta, only to the CPU"
             )
 
     # ---- loading
@@ -146,6 +148,7 @@ class GrinqhHfQuantizer(HfQuantizer):
 
     # ---- saving
 
+    @torch.inference_mode(False)  # there tensors from outside of it cannot be detached
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         if is_sharded(model):
             raise ValueError(

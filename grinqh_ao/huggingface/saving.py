@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,16 @@ def save(
         options: of ``save_pretrained``: ``max_shard_size``, for example.
 
     Raises:
-        ValueError: nothing in ``model`` is quantized by GRINQH, or something by another quantizer,
-            or it has PEFT's adapters, which transformers would save instead, or is under tensor
-            parallelism; or it is to be pushed to the hub: ``push_to_hub`` uploads the weights
-            alone, and ``huggingface_hub.upload_folder`` the whole directory. Nothing was written.
+        ValueError: ``model`` is none of transformers, nothing in it is quantized by GRINQH, or
+            something by another quantizer, or it has PEFT's adapters, which transformers would save
+            instead, or is under tensor parallelism; or it is to be pushed to the hub:
+            ``push_to_hub`` uploads the weights alone, and ``huggingface_hub.upload_folder`` the
+            whole directory. Nothing was written.
         OSError: it could not be written; ``directory`` is as it was.
     """
     from grinqh_ao import __version__
 
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile(model) gave
     if options.get("push_to_hub"):
         raise ValueError(
             "push_to_hub=True: it would upload the weights without the rest; save first, then "
@@ -108,6 +111,12 @@ def save(
             f"model={type(model).__name__}: has adapters: save them with model.save_pretrained, to "
             "another directory, and the quantized model without them, before they are added"
         )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(  # noqa: TRY004
+            f"model={type(model).__name__}: expected a model of transformers"
+        )
+    if not os.fspath(directory):
+        raise ValueError("directory='': expected the name of a directory")
     attach(model)
     path = Path(directory)
     config: Any = model.config

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 from transformers import AutoModelForCausalLM
 
@@ -107,8 +108,9 @@ def test_device_map(device_map, tmp_path):
 
 def test_disk_offload_is_refused(tmp_path):
     quantized().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="disk"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "disk"})
+    for device_map in ({"": "disk"}, "meta"):
+        with pytest.raises(ValueError, match="disk or meta"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -309,6 +311,10 @@ def test_save_refuses_what_it_cannot_save(tmp_path):
     quantize_(model, GrinqhConfig(bits=3))
     with pytest.raises(ValueError, match="quantized otherwise"):
         grinqh_ao.save(model, tmp_path / "new")
+    with pytest.raises(ValueError, match="Sequential: expected a model of transformers"):
+        grinqh_ao.save(nn.Sequential(nn.Linear(4, 4)), tmp_path / "new")
+    with pytest.raises(ValueError, match="directory='': expected the name"):
+        grinqh_ao.save(quantized(), "")
     assert not (tmp_path / "new").exists()
 
 
@@ -335,3 +341,30 @@ def test_a_quantized_model_copies_and_generates(tmp_path):
     assert_alike(loaded, copy.deepcopy(loaded))
     assert_alike(loaded, pickle.loads(pickle.dumps(loaded)))
     assert isinstance(loaded.lm_head.weight, GrinqhTensor)
+
+
+def test_a_compiled_model_is_saved_as_what_it_is(tmp_path):
+    model = quantized("llama")
+    grinqh_ao.save(model, tmp_path / "a")
+    grinqh_ao.save(torch.compile(model), tmp_path / "b")
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == names
+    assert "modeling_grinqh.py" in names
+    assert "auto_map" in (tmp_path / "b" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("around", [torch.compile, nn.Sequential], ids=["compiled", "wrapped"])
+def test_a_model_within_what_was_quantized(around, tmp_path):
+    model = tiny_model("llama", tied=True)
+    quantize_(around(model), GrinqhConfig(bits=3))
+    model.save_pretrained(tmp_path)
+    assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_in_inference_mode(tmp_path):
+    model = quantized("llama")
+    with torch.inference_mode():
+        grinqh_ao.save(model, tmp_path / "a")
+        model.save_pretrained(tmp_path / "b")
+    for name in ("a", "b"):
+        assert_alike(model, AutoModelForCausalLM.from_pretrained(tmp_path / name))
