@@ -44,11 +44,12 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
         ValueError: shapes do not fit, or ``weight`` is a stack of experts' weights.
         TypeError: ``x`` is not floating point, or of 8 bits.
     """
-    tiles = weight.scales.shape  # what is asked of a plain tensor is answered faster
+    # What is asked of a plain tensor is answered faster.
+    tiles, shape = weight.scales.shape, x.shape
     if len(tiles) != 3:
         raise ValueError(f"weight: a stack of {tiles[0]} experts; expected one expert's [out, in]")
-    if not x.shape or x.shape[-1] != tiles[1]:
-        raise ValueError(f"input of shape {tuple(x.shape)}: expected [..., {tiles[1]}]")
+    if not shape or shape[-1] != tiles[1]:
+        raise ValueError(f"input of shape {tuple(shape)}: expected [..., {tiles[1]}]")
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise TypeError(f"input of dtype {x.dtype}: expected floating point of 16 bits or more")
     x = autocast(x)
@@ -64,11 +65,13 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
             weight.levels,
             decode_rule.MAX_DECODED_TOGETHER,
         )
-    decode_rule.note_sequence(x)
+    together = decode_rule.decoded_together()
+    if not together:
+        decode_rule.note_sequence(x)
     start = first_decoded_row(x, bias)
     if start is None:
         return _dense(x, weight, bias)
-    if decode_rule.decoded_together() or x.numel() == x.shape[-1]:
+    if together or x.numel() == x.shape[-1]:
         return ops.decode_linear(
             x,
             weight.slices,

@@ -231,7 +231,8 @@ def test_generate(saved, capsys, options):
     assert grinqh("generate", saved, "-p", "w1 w2 w3", "--max-new-tokens", "6", *options) == 0
     output = capsys.readouterr()
     assert output.out.strip()
-    match = re.search(r"tokens/s[^,]*, ([\d.]+) bits read per weight, ([\d.]+) of the head", output.err)
+    pattern = r"tokens/s[^,]*, ([\d.]+) bits read per weight, ([\d.]+) of the head"
+    match = re.search(pattern, output.err)
     bits = 2 if "2" in options else 3
     assert float(match[1]) == pytest.approx(bits, abs=0.5)
     assert float(match[2]) == pytest.approx(6, abs=0.7)
