@@ -36,7 +36,7 @@ def token_batches(
         if len(ids) >= tokens:
             break
         ids += tokenizer(text[: tokens * _MAX_CHARACTERS])["input_ids"]
-    found = torch.tensor(ids[:tokens], dtype=torch.int64)
+    found = torch.tensor(ids[:tokens], dtype=torch.int64, device="cpu")
     return [batch[None] for batch in found.split(SEQUENCE) if len(batch) > FIRST_POSITIONS]
 
 

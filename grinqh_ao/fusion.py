@@ -39,8 +39,9 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
     every projection keeps its weight and thresholds. Cross-attention is left as it is. Results
     differ by the order of float32 sums at most. Threads, and streams of a GPU, must not share
     activations; and in a compiled function or in inference mode, which counts no versions of
-    tensors, nothing must write to them between a group's projections. Worth it where launches cost
-    more than reading: small layers, large GPUs.
+    tensors, nothing must write to them between a group's projections. Graphs compiled for any
+    number of rows call projections one by one. Worth it where launches cost more than reading:
+    small layers, large GPUs.
 
     Args:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.

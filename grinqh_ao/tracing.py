@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_MODES = (
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FAKE,
+)
 
 
 def being_traced() -> bool:
@@ -13,5 +18,7 @@ def being_traced() -> bool:
     """
     if not torch.compiler.is_compiling():
         return False
-    # The first is a constant to Dynamo; all else that traces does so with modes of this thread.
-    return torch.compiler.is_dynamo_compiling() or bool(_get_current_dispatch_mode_stack())
+    # The first is a constant to Dynamo; all else that traces has modes of this thread.
+    return torch.compiler.is_dynamo_compiling() or any(
+        torch._C._get_dispatch_mode(key) is not None for key in _MODES
+    )

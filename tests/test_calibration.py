@@ -323,15 +323,19 @@ def test_it_is_public():
     assert grinqh_ao.calibrate is calibrate
 
 
+WORDS = " ".join(f"w{i}" for i in range(300))
+
+
 @pytest.mark.parametrize("stored_bits", [None, 5.0])
 def test_default_devices_and_dtypes_do_not_matter(stored_bits):
-    expected, model = quantized("llama"), quantized("llama")
+    expected, model, other = (quantized("llama") for _ in range(3))
     calibrate(expected, batches(seed=0), stored_bits=stored_bits)
-    data = batches(seed=0)
+    data, tokenizer = batches(seed=0), tiny_tokenizer(WORDS)
     torch.set_default_dtype(torch.float16)
     try:
         with torch.device("meta"):
             calibrate(model, data, stored_bits=stored_bits)
+            calibrate(other, WORDS, tokenizer=tokenizer)
     finally:
         torch.set_default_dtype(torch.float32)
     found, wanted = curves(model), curves(expected)

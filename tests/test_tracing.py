@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchao.quantization import quantize_
 
 import plain
@@ -66,6 +67,16 @@ def test_the_decode_rule_while_another_thread_compiles():
 
 
 @torch.no_grad()
+def test_other_modes_are_no_tracing():
+    layer = attention().q_proj
+    x = torch.randn(12, 64)
+    with decode_every_row():
+        expected = layer(x)
+    with another_thread_compiles(), decode_every_row(), FlopCounterMode(display=False):
+        assert torch.equal(layer(x), expected)
+
+
+@torch.no_grad()
 def test_weights_of_a_call_while_another_thread_compiles():
     one, other = attention(), attention()
     x = torch.randn(1, 64)
@@ -100,9 +111,9 @@ def test_gradients_while_another_thread_compiles():
 @torch.no_grad()
 def test_a_guarded_step_ends_while_another_thread_compiles():
     layer = attention().q_proj
-    guard_steps(layer)
     compiling = another_thread_compiles()
     handle = layer.register_forward_hook(lambda *_: compiling.__enter__() and None)
+    guard_steps(layer)  # whose hook comes after that one
     try:
         layer(torch.randn(1, 64))
     finally:
@@ -112,6 +123,22 @@ def test_a_guarded_step_ends_while_another_thread_compiles():
     changing.start()
     changing.join(60)
     assert not changing.is_alive()
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_derivatives_within_a_compiled_function(transform):
+    layer = attention().q_proj
+
+    def derivative(x):
+        if transform == "grad":
+            return torch.func.grad(lambda x: layer(x).square().sum())(x)
+        return torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+
+    x = torch.randn(3, 64)
+    expected = derivative(x)
+    assert expected.abs().max() > 0
+    found = torch.compile(derivative, backend="eager")(x)
+    torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()

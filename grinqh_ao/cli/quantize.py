@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from grinqh_ao.batches import FIRST_POSITIONS
 from grinqh_ao.cli.options import Bits, Model, numbers, say
 
 
@@ -35,7 +36,9 @@ def quantize(
         Path | None,
         typer.Option(help="A text file: bits go where its activations show that they help."),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="How much of that text to use.")] = 4096,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=FIRST_POSITIONS + 1, help="How much of that text to use.")
+    ] = 4096,
     stored_bits: Annotated[
         float | None,
         typer.Option(help="Store about this many bits per weight, above 4, not 8. Calibrates."),

@@ -48,7 +48,7 @@ _library.define(
 )
 _library.define(  # for CPUs only, some tiles or all
     "dequantize_into(Tensor slices, Tensor scales, Tensor vectors, Tensor? low, int level, "
-    "int stored, int first, bool transposed, Tensor(a!) out) -> ()"
+    "int stored_bits, int first, bool transposed, Tensor(a!) out) -> ()"
 )
 
 

@@ -20,7 +20,7 @@ from grinqh_ao import CheckpointError, GrinqhTensor
 from grinqh_ao.checkpoint import SUFFIXES, from_tensors
 from grinqh_ao.huggingface import GrinqhHfConfig
 from grinqh_ao.huggingface.files import check_files, open_tensors
-from grinqh_ao.huggingface.loading import find_places
+from grinqh_ao.huggingface.loading import prepare_places
 from grinqh_ao.linear import embedding
 
 MAX_BYTES = 1 << 16
@@ -99,7 +99,7 @@ def weights(settings: dict[str, Any], file: str) -> list[GrinqhTensor]:
     quantization_config = GrinqhHfConfig.from_dict(settings)
     attributes = quantization_config.attributes()
     save_id = quantization_config.save_id
-    places = find_places(model(), attributes)
+    places = prepare_places(model(), attributes)
     shapes = {name: model().get_parameter(own).shape for name, own in places.items()}
     check_files([file], model(), attributes, shapes, save_id)
     found = []
