@@ -93,8 +93,8 @@ def save(
     Raises:
         ValueError: ``model`` is none of transformers, nothing in it is quantized by GRINQH, or
             something by another quantizer, or it has PEFT's adapters, which transformers would save
-            instead, or is under tensor parallelism; or ``directory`` is empty, or it is to be pushed to
-            the hub: ``push_to_hub`` uploads the weights alone, and
+            instead, or is under tensor parallelism; or ``directory`` is empty; or it is to be
+            pushed to the hub: ``push_to_hub`` uploads the weights alone, and
             ``huggingface_hub.upload_folder`` the whole directory. Nothing was written.
         OSError: it could not be written; ``directory`` is as it was.
     """
