@@ -175,10 +175,7 @@ def wants_grad(x: Tensor, bias: Tensor | None = None) -> bool:
     """Backwards or forwards."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return True
-    if being_traced():
-        # Which transform of torch.func it is, and whether x takes part, Dynamo does not show.
-        return torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None
-    if forward_ad._current_level < 0:
+    if being_traced() or forward_ad._current_level < 0:
         return False
     given = [x] if bias is None else [x, bias]
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)

@@ -125,22 +125,6 @@ def test_a_guarded_step_ends_while_another_thread_compiles():
     assert not changing.is_alive()
 
 
-@pytest.mark.parametrize("transform", ["grad", "jvp"])
-def test_derivatives_within_a_compiled_function(transform):
-    layer = attention().q_proj
-
-    def derivative(x):
-        if transform == "grad":
-            return torch.func.grad(lambda x: layer(x).square().sum())(x)
-        return torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
-
-    x = torch.randn(3, 64)
-    expected = derivative(x)
-    assert expected.abs().max() > 0
-    found = torch.compile(derivative, backend="eager")(x)
-    torch.testing.assert_close(found, expected)
-
-
 @torch.no_grad()
 def test_one_graph_for_few_rows_and_many():
     layer = attention().q_proj
