@@ -10,7 +10,7 @@ from torch import Tensor
 
 # The first positions of a text attract massive activations, and take the dense path as a prompt.
 FIRST_POSITIONS = 16
-SEQUENCE = 512  # tokens of a batch that is made here
+SEQUENCE = 512  # tokens, of texts that are cut here
 # Of a token, on average: a longer text is not tokenized to its end.
 _MAX_CHARACTERS = 32
 

@@ -15,7 +15,7 @@ from grinqh_ao.batches import FIRST_POSITIONS, Batch, check_batches, token_batch
 from grinqh_ao.compact import ChannelUse, check_stored_bits
 from grinqh_ao.experts import ExpertLinears
 from grinqh_ao.grading import check_bits, most_bits
-from grinqh_ao.model import is_sharded, require_quantized_linears
+from grinqh_ao.model import first_few, is_sharded, require_quantized_linears
 from grinqh_ao.observing import Layers, Observer, observe
 from grinqh_ao.tails import Histogram, common_curves
 from grinqh_ao.torchao_tensor import GrinqhTensor
@@ -152,11 +152,10 @@ def calibrate_layers(
             module.restack([weight for _, holder, weight in layers if holder is module])
     if missed:
         logger.warning(
-            "%d of %d layers saw no token and keep the formula: %s%s",
+            "%d of %d layers saw no token and keep the formula: %s",
             len(missed),
             len(layers),
-            ", ".join([*missed.values()][:4]),
-            ", ..." if len(missed) > 4 else "",
+            first_few([*missed.values()]),
         )
 
 

@@ -22,11 +22,11 @@ from tabulate import tabulate
 from torchao.quantization import quantize_
 
 from grinqh_ao import GrinqhConfig, set_bits, summary
+from grinqh_ao.batches import SEQUENCE
 from grinqh_ao.errors import ModelNotFoundError
 from grinqh_ao.evaluation import evaluate, reference
 from grinqh_ao.model import quantized_linears
 from grinqh_ao.running import (
-    SEQUENCE,
     SMOLLM2,
     Clock,
     describe_machine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,10 +153,12 @@ def by_type(names: dict[str, str], but: Collection[str] = ()) -> list[str]:
     for name, kind in names.items():
         if kind not in but:
             names_of.setdefault(kind, []).append(name)
-    return [
-        f"{len(names)} in {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in names_of.items()
-    ]
+    return [f"{len(names)} in {kind}: {first_few(names)}" for kind, names in names_of.items()]
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first four, with commas between, and whether there are more."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def summary(model: nn.Module) -> Summary:

@@ -22,7 +22,7 @@ from grinqh_ao.config import HEAD_NAMES, GrinqhConfig
 from grinqh_ao.experts import projections_of_experts, put_experts, untransposed
 from grinqh_ao.layers import adopt
 from grinqh_ao.memory import give_back
-from grinqh_ao.model import by_type, quantized_linears, summary
+from grinqh_ao.model import by_type, first_few, quantized_linears, summary
 from grinqh_ao.selection import Layer, QuantizeCall, enclosing_call
 from grinqh_ao.ties import Owners, held_elsewhere, owners_of_parameters
 from grinqh_ao.torchao_tensor import SUPPORTED_DTYPES, GrinqhTensor
@@ -110,12 +110,15 @@ def _tell_transformers(model: nn.Module) -> None:
     saving: Any = sys.modules.get("grinqh_ao.huggingface.quantizer")  # absent without transformers
     if saving is None:
         return
+    told: set[nn.Module] = set()  # with a model those within it
     for part in saving.quantized_models(model):
+        if part in told:
+            continue
+        told.update(part.modules())
         try:
             saving.attach(part)
         except ValueError as error:
             logger.warning("save_pretrained will not work: %s", error)
-            return
 
 
 def _calibrate(model: nn.Module, layers: Iterable[Layer]) -> None:
@@ -188,8 +191,8 @@ def _say_what_stays_dense(reasons: dict[Layer, str]) -> None:
         if len(names) == 1:
             logger.warning("%s is left dense: %s", names[0], reason)
         else:
-            some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-            logger.warning("%d layers are left dense: %s (%s)", len(names), reason, some)
+            few = first_few(names)
+            logger.warning("%d layers are left dense: %s (%s)", len(names), reason, few)
 
 
 def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from torchao.quantization import quantize_
 
 import grinqh_ao
+from grinqh_ao.batches import SEQUENCE
 from grinqh_ao.errors import ModelNotFoundError
 from grinqh_ao.huggingface import GrinqhHfConfig
 
 SMOLLM2 = "smollm2"
-SEQUENCE = 512
 
 
 def load(
