@@ -17,6 +17,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_use_ivar = True
+napoleon_custom_sections = [("Tensor data", "Attributes")]
 copybutton_prompt_text = "$ "
 
 html_theme = "furo"
