@@ -25,7 +25,7 @@ def loaded():
 @pytest.mark.filterwarnings("ignore")
 def test_smollm2_at_three_bits(loaded):
     model, tokenizer = loaded
-    ids = running.token_rows(tokenizer, running.english_prose(), 512)
+    ids = running.token_rows(tokenizer, running.english_prose(), 256)
     full = reference(model, ids)
     quantize_(model, GrinqhConfig(bits=3))
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -20,8 +20,8 @@ from grinqh_ao.huggingface import atomic
 from grinqh_ao.model import quantized_linears
 from models import tiny_model
 
-KILLS = 40
-INTERRUPTS = 60
+KILLS = 25
+INTERRUPTS = 45
 
 
 @pytest.fixture(scope="module")
