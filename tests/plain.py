@@ -21,31 +21,28 @@ def absolute(weight: GrinqhTensor, *thresholds: float) -> GrinqhTensor:
 
 
 def dense_at(weight: GrinqhTensor, level: int) -> Tensor:
-    """float64 [N, K]: every stored bit by its documented place and meaning, one at a time."""
+    """float64 [N, K]: every stored bit by its documented place and meaning."""
     n, k = weight.shape
+    if level == 0:
+        return torch.zeros(n, k, dtype=torch.float64)
     words = weight.slices.shape[2]
-    tile = 16 * words
+    output, channel = torch.arange(n)[:, None], torch.arange(k)
+    tile, offset = output // (16 * words), output % (16 * words)
+    field, word = offset // words, offset % words
     stored = weight.levels[-1] // 2
     high = min(stored, 2)
-    low = torch.arange(k) if weight.low is None else weight.low.long()
+    low = channel if weight.low is None else weight.low.long()
     levels = torch.where(low < 0, min(level, 4), level)
-    dense = torch.zeros(n, k, dtype=torch.float64)
-    if level == 0:
-        return dense
+    code = torch.zeros(n, k, dtype=torch.int64)
+    for s in range(level // 2):
+        line = high * channel + s if s < 2 else high * k + low * (stored - 2) + s - 2
+        two_bits = (weight.slices[tile, line, word].long() >> (2 * field)) & 3
+        code = torch.where(2 * s < levels, 4 * code + two_bits, code)
+    exponent = weight.scales[tile, channel, offset // SCALE_GROUP].double()
+    scale = torch.where(exponent > 0, 2 ** ((exponent - 255) / 16), 0)
     gains = weight.gains.double()[levels // 2 - 1]
-    for row in range(n):
-        t, offset = divmod(row, tile)
-        field, word = divmod(offset, words)
-        code = torch.zeros(k, dtype=torch.int64)
-        for s in range(level // 2):
-            line = high * torch.arange(k) + s if s < 2 else high * k + low * (stored - 2) + s - 2
-            two_bits = (weight.slices[t, line, word].long() >> (2 * field)) & 3
-            code = torch.where(2 * s < levels, 4 * code + two_bits, code)
-        exponent = weight.scales[t, :, offset // SCALE_GROUP].double()
-        scale = torch.where(exponent > 0, 2 ** ((exponent - 255) / 16), 0)
-        value = gains * ((2 * code + 1) / 2.0**levels - 1)
-        dense[row] = value * scale * weight.row_scale[row].double()
-    return dense
+    value = gains * ((2 * code + 1) / 2.0**levels - 1)
+    return value * scale * weight.row_scale[:, None].double()
 
 
 def levels_of(x: Tensor, weight: GrinqhTensor) -> list[int]:
