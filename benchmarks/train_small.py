@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import texts
+from grinqh_ao.ops.dense_products import product_dtype
 
 VOCABULARY = 4096
 LENGTH = 256
@@ -57,6 +58,8 @@ def train_tokenizer(text: str) -> transformers.PreTrainedTokenizerFast:
 
 def train(model: torch.nn.Module, ids: torch.Tensor, seconds: float) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
+    # Where it is slow (without AVX-512), float32.
+    in_bfloat16 = product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.bfloat16
     started, step, running = time.perf_counter(), 0, math.nan
     while (share := (time.perf_counter() - started) / seconds) < 1:
         rate = min(share / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * share))
@@ -64,7 +67,7 @@ def train(model: torch.nn.Module, ids: torch.Tensor, seconds: float) -> None:
             group["lr"] = LEARNING_RATE * rate
         starts = torch.randint(0, len(ids) - LENGTH, (BATCH,))
         batch = torch.stack([ids[start : start + LENGTH] for start in starts.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
             loss = model(batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
