@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -16,9 +17,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import settings
-from triton.runtime import interpreter
 
 # Files that take long, begun first: none of them is to be what one process does while others wait.
 LONGEST = (
@@ -27,19 +26,8 @@ LONGEST = (
     "test_generation", "test_gpu_suite", "test_compiled", "test_soak", "test_cli",
 )  # fmt: skip
 
-_replace_operations = interpreter._patch_lang
-
-
-def _replace_operations_once(function):
-    """The interpreter does so for every call of a function within a kernel, which took a third of
-    the kernels' tests."""
-    known = [value for value in function.__globals__.values() if value is tl or value is tl.core]
-    if any(tl.core.is_builtin(language.load) for language in known):
-        return _replace_operations(function)
-    return interpreter._LangPatchScope()
-
-
-interpreter._patch_lang = _replace_operations_once
+if importlib.util.find_spec("triton"):
+    import quick_interpreter  # noqa: F401
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")

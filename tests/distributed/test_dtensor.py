@@ -30,10 +30,10 @@ class OneLayer(nn.Module):
         return self.linear(x)
 
 
-class FourRanks(DTensorTestBase):
-    world_size = 4
+class TwoRanks(DTensorTestBase):
+    world_size = 2
 
-    # One test: processes take longer to start than to do all of it.
+    # One test per number of ranks: processes take longer to start than to do all of it.
     @with_comms
     def test_all(self):
         mesh = self.build_device_mesh()
@@ -119,3 +119,7 @@ class FourRanks(DTensorTestBase):
         with torch.no_grad():
             assert torch.equal(model(ids).logits, expected[0])
             assert torch.equal(model(ids[:, :1]).logits, expected[1])
+
+
+class FourRanks(TwoRanks):
+    world_size = 4

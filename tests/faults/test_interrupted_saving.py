@@ -20,8 +20,8 @@ from grinqh_ao.huggingface import atomic
 from grinqh_ao.model import quantized_linears
 from models import tiny_model
 
-KILLS = 25
-INTERRUPTS = 45
+KILLS = 40
+INTERRUPTS = 60
 
 
 @pytest.fixture(scope="module")
