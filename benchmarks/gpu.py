@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
-Needs an NVIDIA GPU of compute capability 8.0 or newer; ``pip install -e ".[bench]"``. Checks the
+Needs an NVIDIA GPU of compute capability 7.5 or newer; ``pip install -e ".[bench]"``. Checks the
 kernels first, then times them against others' in one run, then whole models of 8B shape with
 random weights. A section that fails is reported and the others go on; one that would start too
 late is skipped and says so. ``python benchmarks/plot_gpu.py`` draws the result.

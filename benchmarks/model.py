@@ -47,6 +47,7 @@ class Gpu:
 
 
 GPUS = {
+    "T4": Gpu(75, 40, 1.59, 320, 0.6, 64),
     "RTX 4090": Gpu(89, 128, 2.52, 1008, 0.6, 100),
     "A100": Gpu(80, 108, 1.41, 2039, 0.6, 164),
     "H100": Gpu(90, 132, 1.755, 3350, 0.7, 228),
@@ -153,6 +154,7 @@ def main() -> None:
         for form in arguments.forms
         for n, k in SHAPES
         for gpu in GPUS
+        if form == "fma" or GPUS[gpu].capability >= configurations.MIN_CAPABILITY_FOR_MMA
     ]
     with ProcessPoolExecutor() as pool:
         rows = list(pool.map(numbered, jobs))

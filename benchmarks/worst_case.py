@@ -50,12 +50,13 @@ Decode = Callable[[Tensor, GrinqhTensor], Tensor]
 
 def interpreted(x: Tensor, weight: GrinqhTensor) -> Tensor:
     """By the kernels for GPUs, in two chunks."""
-    from grinqh_ao.ops.triton.configurations import Configuration
+    from grinqh_ao.ops.triton.configurations import Configuration, form_of
     from grinqh_ao.ops.triton.decode import Weight, launch
 
     counters = torch.zeros(weight.slices.shape[0], dtype=torch.int32)
     one = Weight(weight.slices, weight.scales, weight.vectors, None, None)
-    halves = Configuration(chunk=-(-weight.shape[1] // 2))
+    form = form_of(80, x.dtype, weight.slices.shape[-1])
+    halves = Configuration(form, chunk=-(-weight.shape[1] // 2))
     return launch(x, [one], weight.levels, halves, counters, interpret=True)[0]
 
 

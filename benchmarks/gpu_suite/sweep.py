@@ -36,11 +36,12 @@ def configured(weight: GrinqhTensor, variant: str) -> Configuration:
     gpu = decode.gpu_of(weight.device.index or 0)
     tiles, _, words = weight.slices.shape
     k = weight.shape[1]
-    chosen = configurations.configure(gpu, "mma", 1, words, tiles, k)
+    form = configurations.form_of(gpu.capability, weight.dtype, words)
+    chosen = configurations.configure(gpu, form, 1, words, tiles, k)
     if variant in PROGRAMS:
         chunk = PROGRAMS[variant].get("chunk", chosen.chunk)
         few = PROGRAMS[variant].get("few", configurations.few(gpu, tiles * -(-k // chunk)))
-        return configurations.of_programs(gpu.capability, "mma", 1, words, chunk, few)
+        return configurations.of_programs(gpu.capability, form, 1, words, chunk, few)
     return chosen._replace(**CHANGES.get(variant, {}))
 
 

@@ -6,8 +6,6 @@ Defined through :class:`torch.library.Library`, whose eager call costs a third o
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from grinqh_ao.ops import oracle
 from grinqh_ao.ops.cpu import dequantize as dequantize_on_cpu
 from grinqh_ao.ops.cpu.build import kernels as cpu_kernels
+from grinqh_ao.ops.triton.support import has_kernels
 from grinqh_ao.vectors import outputs_of
 
 _library = torch.library.Library("grinqh", "DEF")
@@ -98,11 +97,6 @@ def _linear(
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 # Kernels are imported when first needed: Triton takes long to load.
 def _decode_linears_cuda(
     x: Tensor,
@@ -115,7 +109,7 @@ def _decode_linears_cuda(
     mean: Tensor | None = None,
 ) -> list[Tensor]:
     tensors = list(zip(slices, scales, vectors, biases, lows, strict=True))
-    if _has_triton():
+    if has_kernels(x.device):
         from grinqh_ao.ops.triton import decode
 
         if decode.supports(x, slices, lows):
@@ -146,7 +140,7 @@ def _decode_experts_cuda(
     levels: Sequence[int],
 ) -> Tensor:
     stack = (slices, scales, vectors)
-    if _has_triton():
+    if has_kernels(x.device):
         from grinqh_ao.ops.triton import decode
 
         weights = decode.Weight(*stack, None, None)
@@ -164,7 +158,7 @@ def _dequantize_cuda(
     level: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    if dtype == torch.float64 or not _has_triton():
+    if dtype == torch.float64 or not has_kernels(slices.device):
         return oracle.dequantize(slices, scales, vectors, low, level, dtype)
     from grinqh_ao.ops.triton.dequantize import dequantize as kernel
 

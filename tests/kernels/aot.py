@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from grinqh_ao.ops.triton import configurations, decode, decode_fma, decode_mma, dequantize
 
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Instructions of the pipe that runs integer and logic operations, half as wide as issue.
 ALU = re.compile(
@@ -33,16 +33,13 @@ ALU = re.compile(
 )
 
 DECODE = {
-    "x": "*bf16",
     # One weight; see members.py.
     "slices": ("*i32",),
     "scales": ("*u8",),
     "vectors": ("*fp32",),
-    "bias": ("*bf16",),
     "low": ("*i32",),
     "experts": "*i64",
     "mean": "*fp32",
-    "out": ("*bf16",),
     "n": ("i32",),
     "tiles": ("i32",),
     "lines": ("i32",),
@@ -93,11 +90,13 @@ def decode_job(
     splits_at_once: int = decode.SPLITS_AT_ONCE,
     compact: bool = False,
     experts: bool = False,
+    dtype: str | None = None,  # of activations: by default what a form is mostly for
 ) -> Job:
     block = block or configurations.longest_chunk(form, rows)
     chosen = configurations.of_programs(capability, form, rows, words, block, few)
     kernel = decode_mma.decode_mma_kernel if form == "mma" else decode_fma.decode_fma_kernel
-    floats = {"x": "*fp32", "bias": ("*fp32",), "out": ("*fp32",)} if form == "fma" else {}
+    pointer = "*" + (dtype or {"mma": "bf16", "fma": "fp32"}[form])
+    types = DECODE | {"x": pointer, "bias": (pointer,), "out": (pointer,)}
     constants = {
         "LEVELS": (0, 2, 4, 6, 8),
         "ROWS": rows,
@@ -129,9 +128,10 @@ def decode_job(
         f"decode, {form}, rows {rows}, tile {16 * words}, chunks of {block}"
         + (", compact" if compact else "")
         + (", few programs" if few else "")
-        + (", experts" if experts else ""),
+        + (", experts" if experts else "")
+        + (f", {dtype}" if dtype else ""),
         kernel,
-        {name: (DECODE | floats)[name] for name in kernel.arg_names if name in DECODE},
+        {name: types[name] for name in kernel.arg_names if name in types},
         constants,
         capability,
         configurations.WARPS,
@@ -165,10 +165,9 @@ def jobs() -> list[Job]:
         job
         for capability in CAPABILITIES
         for job in (
-            decode_job("mma", 1, 32, capability),
-            decode_job("mma", 1, 32, capability, block=256, few=True),
             decode_job("fma", 1, 32, capability),
             dequantize_job(4, 32, capability),
+            *of_tensor_cores(capability),
         )
     ]
     some = [
@@ -189,7 +188,21 @@ def jobs() -> list[Job]:
             dequantize_job(2, 4, capability),
         )
     ]
-    return every + some
+    turing = [
+        decode_job("fma", rows, words, 75, dtype=dtype)
+        for dtype in ("fp16", "bf16")
+        for rows, words in ((1, 32), (8, 32), (1, 4))
+    ]
+    return every + some + turing
+
+
+def of_tensor_cores(capability: int) -> list[Job]:
+    if capability < configurations.MIN_CAPABILITY_FOR_MMA:
+        return []
+    return [
+        decode_job("mma", 1, 32, capability),
+        decode_job("mma", 1, 32, capability, block=256, few=True),
+    ]
 
 
 def report(job: Job) -> dict[str, Any]:

@@ -50,9 +50,14 @@ def per_weight_and_slice(report: dict, bits: float = 3.0) -> float:
 
 
 def test_every_generation_compiles(reports):
-    for form in ("decode, mma, rows 1, tile 512", "decode, fma, rows 1, tile 512", "dequantize, 4"):
+    since_ampere = {80, 86, 89, 90, 100, 120}
+    for form, expected in {
+        "decode, mma, rows 1, tile 512": since_ampere,
+        "decode, fma, rows 1, tile 512": since_ampere | {75},
+        "dequantize, 4": since_ampere | {75},
+    }.items():
         found = {r["capability"] for r in reports if r["form"].startswith(form)}
-        assert found == {80, 86, 89, 90, 100, 120}, form
+        assert found == expected, form
 
 
 def is_mma_of_many(report: dict) -> bool:
@@ -159,6 +164,8 @@ def test_dequantize(reports):
             compact = report["form"].endswith("compact")
             limits = DEQUANTIZE_COMPACT_LIMITS if compact else DEQUANTIZE_LIMITS
             registers, instructions = limits[VERSION]
+            if report["capability"] == 75:
+                instructions *= 1.25  # its bfloat16 is made of integers
             assert report["registers"] <= registers, report
             assert report["all"]["instructions"] / report["work"]["all"] < instructions, report
             assert report["all"]["loads_128_bit"] > 0, report

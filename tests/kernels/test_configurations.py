@@ -2,6 +2,8 @@
 
 import pytest
 
+import torch
+
 pytest.importorskip("triton")
 
 from grinqh_ao.ops.triton.configurations import (
@@ -12,6 +14,7 @@ from grinqh_ao.ops.triton.configurations import (
     chunk_length,
     compiled_rows,
     configure,
+    form_of,
     longest_chunk,
 )
 from grinqh_ao.ops.triton.decode_mma import memory_bytes
@@ -33,7 +36,7 @@ H100 = Gpu(90, 132)
 )
 def test_what_sweeps_on_an_h100_led_to(tiles, k, chunk, few):
     chosen = configure(H100, "mma", 1, 32, tiles, k)
-    assert chosen[:2] == (chunk, few)
+    assert chosen[:3] == ("mma", chunk, few)
     assert chosen.early
     assert chosen.registers == (None if few and chunk == 512 else 128)
     assert 0 < chosen.speculative <= chunk
@@ -47,6 +50,20 @@ def test_short_chunks_are_for_layers_that_leave_a_gpu_room(form, rows):
             assert chunk in CHUNKS
             if chunk < longest_chunk(form, rows):
                 assert tiles * -(-k // chunk) <= PROGRAMS_PER_SM * 132
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "words", "form"),
+    [
+        (80, torch.bfloat16, 16, "mma"),
+        (90, torch.float16, 32, "mma"),
+        (90, torch.float16, 8, "fma"),
+        (90, torch.float32, 32, "fma"),
+        (75, torch.float16, 32, "fma"),
+    ],
+)
+def test_tensor_cores_are_for_halves_and_wide_tiles_since_ampere(capability, dtype, words, form):
+    assert form_of(capability, dtype, words) == form
 
 
 def test_lists_fit_into_shared_memory():

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import plain
 from grinqh_ao import GrinqhTensor
 from grinqh_ao.ops.triton import decode as launching
-from grinqh_ao.ops.triton.configurations import Configuration, Gpu
+from grinqh_ao.ops.triton.configurations import Configuration, Gpu, form_of
 from grinqh_ao.ops.triton.decode import Weight, launch
 from grinqh_ao.ops.triton.lists import SELECT
 from grinqh_ao.slices import drop_low
@@ -22,24 +22,28 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
 
 
-def decode_together(x, weights, biases, chunk=None, mean=None):
+AMPERE, TURING = 80, 75
+
+
+def decode_together(x, weights, biases, chunk=None, mean=None, capability=AMPERE):
     counters = torch.zeros(sum(w.slices.shape[0] for w in weights), dtype=torch.int32)
     arguments = [
         Weight(w.slices, w.scales, w.vectors, bias, w.low)
         for w, bias in zip(weights, biases, strict=True)
     ]
-    cut = Configuration(chunk or x.shape[-1])
+    form = form_of(capability, x.dtype, weights[0].slices.shape[2])
+    cut = Configuration(form, chunk or x.shape[-1])
     found = launch(x, arguments, weights[0].levels, cut, counters, mean=mean, interpret=True)
     assert not counters.any()  # as the next launch needs them
     return found
 
 
-def decode(x, weight, bias=None, chunk=None, mean=None):
-    return decode_together(x, [weight], [bias], chunk, mean)[0]
+def decode(x, weight, bias=None, chunk=None, mean=None, capability=AMPERE):
+    return decode_together(x, [weight], [bias], chunk, mean, capability)[0]
 
 
-def assert_decoded(x, weight, bias=None, chunk=None):
-    found = decode(x, weight, bias, chunk)
+def assert_decoded(x, weight, bias=None, chunk=None, capability=AMPERE):
+    found = decode(x, weight, bias, chunk, capability=capability)
     expected = plain.decode_together(x, weight, bias)
     assert found.dtype == x.dtype
     assert found.shape == expected.shape
@@ -97,6 +101,15 @@ def test_compact_storage(n, rows):
     assert set(plain.levels_of(x[0], weight)) >= {4, 8}
     assert_decoded(x, weight, chunk=25)
     assert_decoded(x.half(), weight, chunk=25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "rows"), [(256, 1), (512, 1), (512, 3), (512, 8)])
+def test_halves_in_float32_arithmetic(n, rows, dtype):
+    """As Turing takes them."""
+    weight = GrinqhTensor.from_hp(torch.randn(n, 60), bits=4)
+    bias = torch.randn(n).to(dtype)
+    assert_decoded(laplace(rows, 60).to(dtype), weight, bias, chunk=25, capability=TURING)
 
 
 @pytest.mark.parametrize("n", [256, 512])
@@ -239,16 +252,18 @@ def test_experts(n, dtype):
     x = laplace(3, 40).to(dtype)
     arguments = Weight(stack.slices, stack.scales, stack.vectors, None, None)
     counters = torch.zeros(3 * stack.slices.shape[1], dtype=torch.int32)
-    cut = Configuration(chunk=25)
+    cut = Configuration(form_of(AMPERE, dtype, stack.slices.shape[-1]), chunk=25)
     (found,) = launch(x, [arguments], stack.levels, cut, counters, experts, interpret=True)
     assert not counters.any()
     for row, y, expert in zip(x, found, experts, strict=True):
         assert torch.equal(y[None], decode(row[None], weights[expert], chunk=25))
 
 
-@pytest.fixture
-def h100(monkeypatch):
-    """What an H100 would be asked for, interpreted; the configurations that were chosen."""
+H100, T4 = Gpu(90, 132), Gpu(75, 40)
+
+
+def interpret_as_on(gpu, monkeypatch):
+    """What a GPU would be asked for, interpreted; the configurations that will be chosen."""
     chosen = []
 
     def interpreted(x, weights, levels, configuration, counters, *args, **kwargs):
@@ -257,14 +272,19 @@ def h100(monkeypatch):
         return launch(x, weights, levels, late, counters, *args, **kwargs, interpret=True)
 
     zeros = lambda tiles, device: torch.zeros(tiles, dtype=torch.int32)  # noqa: E731
-    monkeypatch.setattr(launching, "gpu_of", lambda index: Gpu(90, 132))
+    monkeypatch.setattr(launching, "gpu_of", lambda index: gpu)
     monkeypatch.setattr(launching, "arrivals", zeros)
     monkeypatch.setattr(launching, "launch", interpreted)
     return chosen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_ops_launch(h100, dtype):
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "form"),
+    [(H100, torch.float32, "fma"), (H100, torch.bfloat16, "mma"), (T4, torch.float16, "fma")],
+    ids=str,
+)
+def test_what_ops_launch(gpu, dtype, form, monkeypatch):
+    chosen = interpret_as_on(gpu, monkeypatch)
     x = laplace(2, 140).to(dtype)
     weights = [GrinqhTensor.from_hp(torch.randn(n, 140), 3) for n in (230, 250)]
     arguments = [Weight(w.slices, w.scales, w.vectors, None, w.low) for w in weights]
@@ -278,9 +298,9 @@ def test_what_ops_launch(h100, dtype):
     experts = Weight(stack.slices, stack.scales, stack.vectors, None, None)
     routed = launching.decode_experts(x, torch.tensor([1, 0]), experts, stack.levels)
     for row, y in zip(x, routed, strict=True):
-        assert torch.equal(y[None], decode(row[None], weights[1], chunk=128))
-    assert [each[:2] for each in h100] == [(128, True)] * 2
-    assert all(each.early and each.speculative for each in h100)
+        assert torch.equal(y[None], decode(row[None], weights[1], None, 128, None, gpu.capability))
+    assert [each[:3] for each in chosen] == [(form, 128, True)] * 2
+    assert all(each.early == (gpu is H100) and each.speculative for each in chosen)
 
 
 def test_each_row_grades_with_its_own_mean():
@@ -340,6 +360,6 @@ def test_what_does_not_fit_is_refused():
             decode(x, harmed)
     stack = GrinqhTensor.stack([weight, weight])
     arguments = Weight(stack.slices, stack.scales, stack.vectors, None, None)
-    cut, counters = Configuration(chunk=16), torch.zeros(4, dtype=torch.int32)
+    cut, counters = Configuration("fma", chunk=16), torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="or its bias, low or experts"):
         launch(x, [arguments], stack.levels, cut, counters, torch.tensor([0, 1]))

@@ -10,6 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
+# Compute capabilities, 10 * major + minor.
+MIN_CAPABILITY_FOR_MMA = 80  # tensor cores of Turing, 75, take half as many channels at a time
+MIN_CAPABILITY_FOR_EARLY_LAUNCH = 90
 WARPS = 4  # of a program
 # Channels per program, powers of two because a list is built from a block of such a size.
 CHUNKS = (128, 256, 512)
@@ -26,23 +31,29 @@ FEW_PROGRAMS_PER_SM = 2.5
 # H100's memory brings until then. At 3 bits four in five of these lines will be read, at 2 two in
 # three.
 SPECULATIVE = 64
-MIN_CAPABILITY_FOR_EARLY_LAUNCH = 90
 
 
 class Gpu(NamedTuple):
-    capability: int  # 10 * major + minor, 80 at least
+    capability: int  # 10 * major + minor
     multiprocessors: int
 
 
 class Configuration(NamedTuple):
     """Of a launch: its programs, and what they do ahead of time."""
 
+    form: str  # of the kernel: mma, on tensor cores, or fma
     chunk: int  # channels of a program
     # Of mma: there are few programs, which prefetch all along and leave words in the L2 cache.
     few: bool = False
     speculative: int = 0  # of mma, see SPECULATIVE
     registers: int | None = None  # per thread at most; None where the compiler's choice is right
     early: bool = False  # programmatic dependent launch, while the kernel in front ends
+
+
+def form_of(capability: int, dtype: torch.dtype, words: int) -> str:
+    """The form for activations of a dtype and tiles of ``words`` words a line."""
+    halves = dtype in (torch.float16, torch.bfloat16)  # what tensor cores take
+    return "mma" if capability >= MIN_CAPABILITY_FOR_MMA and halves and words >= 16 else "fma"
 
 
 def compiled_rows(form: str, rows: int) -> int:
@@ -96,6 +107,7 @@ def of_programs(
 ) -> Configuration:
     """The rest of a configuration; ``rows`` as compiled."""
     return Configuration(
+        form,
         chunk,
         few,
         SPECULATIVE,

@@ -1,6 +1,6 @@
 """``grinqh::decode_linears`` and ``decode_experts`` on CUDA: a form of the kernel, one launch.
 
-    mma   tensor cores; float16 and bfloat16, tiles of 256 and 512 outputs
+    mma   tensor cores since Ampere; float16 and bfloat16, tiles of 256 and 512 outputs
     fma   float32 arithmetic; everything else
 
 Nothing here waits for the device or looks at data: a launch can be captured into a CUDA graph and
@@ -24,6 +24,7 @@ from grinqh_ao.ops.triton.configurations import (
     Gpu,
     compiled_rows,
     configure,
+    form_of,
 )
 from grinqh_ao.ops.triton.decode_fma import decode_fma_kernel, entries_at_once
 from grinqh_ao.ops.triton.decode_mma import decode_mma_kernel, memory_bytes
@@ -33,7 +34,6 @@ from grinqh_ao.vectors import outputs_of
 
 MAX_MEAN_BLOCK = 8192
 SPLITS_AT_ONCE = 16
-MIN_CAPABILITY = 80
 MAX_ROWS = 8
 
 
@@ -55,10 +55,9 @@ class Weight(NamedTuple):
 
 
 def supports(x: Tensor, slices: Sequence[Tensor], lows: Sequence[Tensor | None]) -> bool:
-    """Whether there is a kernel for these arguments."""
+    """Whether there is a kernel for these arguments, on a GPU for which there are any."""
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and gpu_of(x.device.index).capability >= MIN_CAPABILITY
         and all(s.numel() > 0 for s in slices)
         and all(s[0].numel() < 2**30 for s in slices)  # offsets in bytes have 32 bits
         and len({s.shape[2] for s in slices}) == 1
@@ -76,7 +75,8 @@ def decode_linears(
     gpu = gpu_of(x.device.index)
     tiles = sum(weight.slices.shape[0] for weight in weights)
     k, words = x.shape[-1], weights[0].slices.shape[2]
-    chosen = configure(gpu, form_of(x, words), x.numel() // k, words, tiles, k)
+    form = form_of(gpu.capability, x.dtype, words)
+    chosen = configure(gpu, form, x.numel() // k, words, tiles, k)
     return launch(x, weights, levels, chosen, arrivals(tiles, x.device), mean=mean)
 
 
@@ -95,7 +95,7 @@ def decode_experts(x: Tensor, experts: Tensor, weights: Weight, levels: Sequence
     gpu = gpu_of(x.device.index)
     slots, k = x.shape
     tiles, words = slots * weights.slices.shape[1], weights.slices.shape[3]
-    chosen = configure(gpu, form_of(x, words), 1, words, tiles, k)
+    chosen = configure(gpu, form_of(gpu.capability, x.dtype, words), 1, words, tiles, k)
     return launch(x, [weights], levels, chosen, arrivals(tiles, x.device), experts)[0]
 
 
@@ -122,10 +122,6 @@ def check_shapes(
         )
 
 
-def form_of(x: Tensor, words: int) -> str:
-    return "mma" if words >= 16 and x.dtype != torch.float32 else "fma"
-
-
 def launch(
     x: Tensor,
     weights: Sequence[Weight],
@@ -149,9 +145,8 @@ def launch(
     k, words = x.shape[-1], weights[0].slices.shape[-1]
     rows = x.numel() // k if experts is None else 1
     slots = 1 if experts is None else len(experts)
-    form = form_of(x, words)
-    mma = form == "mma"
-    rows_compiled = compiled_rows(form, rows)
+    mma = configuration.form == "mma"
+    rows_compiled = compiled_rows(configuration.form, rows)
     tiles = tuple(weight.slices.shape[-3] for weight in weights)
     all_tiles, tile = sum(tiles), 16 * words
     chunk = configuration.chunk
