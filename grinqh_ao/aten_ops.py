@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from grinqh_ao.linear import embedding, linear
@@ -216,17 +215,34 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     return pinned
 
 
-@GrinqhTensor.implements(aten._to_copy.default)
-def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    # .to(device) moves everything; .to(dtype) changes what the tensor presents itself as.
-    weight = args[0]
-    dtype = kwargs.get("dtype") or weight.dtype
+# .to(device) moves everything; .to(dtype) changes what the tensor presents itself as.
+@GrinqhTensor.implements(
+    [aten._to_copy.default,
+     # Which inference mode does not turn into the former.
+     aten.to.dtype, aten.to.device, aten.to.dtype_layout]
+)  # fmt: skip
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
+    names = [argument.name for argument in func._schema.arguments]  # type: ignore[attr-defined]
+    given: Kwargs = dict(zip(names, args, strict=False)) | kwargs
+    weight: GrinqhTensor = given["self"]
+    dtype, device = given.get("dtype") or weight.dtype, given.get("device") or weight.device
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}: a GrinqhTensor can present itself as floating point only")
+    must_copy = func is aten._to_copy.default or given.get("copy", False)
+    if not must_copy and (dtype, torch.device(device)) == (weight.dtype, weight.device):
+        return weight
+    return weight.with_data(lambda data: data.to(device, copy=True), dtype=dtype)
 
-    new = weight.with_data(lambda data: data.to(kwargs.get("device"), copy=True), dtype=dtype)
-    aliased: Tensor = return_and_correct_aliasing(func, args, kwargs, new)
-    return aliased
+
+_detach = GrinqhTensor._ATEN_OP_TABLE[GrinqhTensor][aten.detach.default]
+
+
+# What nn.Parameter asks of a weight, also where a model is moved in inference mode.
+@GrinqhTensor.implements(aten.detach.default)
+def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    with torch.inference_mode(args[0].is_inference()):  # as for the views above
+        detached: Tensor = _detach(func, types, args, kwargs)
+    return detached
 
 
 _copy_same_type = GrinqhTensor._ATEN_OP_TABLE[GrinqhTensor][aten.copy_.default]
@@ -245,5 +261,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
             f"cannot copy {source} into {into} in place: only one of them is calibrated, or "
             "compact; load_state_dict(..., assign=True) replaces the weight instead"
         )
-    copied: Tensor = _copy_same_type(func, types, args, kwargs)
+    # The codes know no dtype: a model that presents itself in another one takes them as they are.
+    alike = source.with_data(lambda data: data, dtype=into.dtype)
+    copied: Tensor = _copy_same_type(func, types, (into, alike, *args[2:]), kwargs)
     return copied

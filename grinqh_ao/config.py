@@ -41,8 +41,9 @@ class GrinqhConfig(AOBaseConfig):
             highest level: see :func:`grinqh_ao.calibrate`. Needs ``calibration``.
 
     ``quantize_`` raises, before it changes anything, a TypeError where its filter selects other
-    modules than linear layers and experts, or weights of another dtype than float32, float16 and
-    bfloat16, and a ValueError for weights that are not finite, beyond 1.3e30 or on meta.
+    modules than linear layers and experts, and a ValueError for weights that are not finite, beyond
+    1.3e30 or on meta. Weights of another dtype than float32, float16 and bfloat16 are left dense,
+    with a warning.
 
     Raises:
         TypeError: ``calibration`` is not batches.

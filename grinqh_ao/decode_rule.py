@@ -31,8 +31,9 @@ class _Switch:
 
     Attributes:
         prefix: rows at the start of each sequence that take the dense path.
-        sequence: length of sequences, as linear layers last saw it. Experts see all tokens of a
-            batch in one row, and are told by this where sequences begin.
+        sequence: length of sequences, as linear layers last saw it. Experts, and layers within
+            models that put all tokens of a batch into one dimension, learn from this where
+            sequences begin.
     """
 
     prefix: int
@@ -69,10 +70,21 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
 
 
 def note_sequence(x: Tensor) -> None:
-    """Tells experts how long sequences are, by the input [B, S, K] of a linear layer."""
+    """Tells later layers how long sequences are, by the input [B, S, K] of a linear layer."""
     switch = _active()
     if switch is not None and x.dim() > 2:
         switch.sequence = x.shape[-2]
+
+
+def in_sequences(x: Tensor) -> Tensor:
+    """With the switch on, ``x`` [B * S, K] as [B, S, K], where sequences were seen to have S rows.
+
+    Else, and any other ``x``, as it is.
+    """
+    switch = _active()
+    if switch is None or x.dim() != 2 or not switch.sequence or len(x) % switch.sequence:
+        return x
+    return x.unflatten(0, (-1, switch.sequence)) if len(x) > switch.sequence else x
 
 
 def first_row_by_shape(x: Tensor) -> int | None:
@@ -82,9 +94,11 @@ def first_row_by_shape(x: Tensor) -> int | None:
     switch = _active()
     if rows == 1 or (switch is None and 1 < rows <= MAX_DECODED_TOGETHER):
         return 0
-    if switch is None or x.dim() < 2 or rows == 0 or switch.prefix >= x.shape[-2]:
+    if switch is None or x.dim() < 2 or rows == 0:
         return None
-    return switch.prefix
+    if x.shape[-2] == 1:  # the next token of each text, or the last one's logits
+        return 0
+    return switch.prefix if switch.prefix < x.shape[-2] else None
 
 
 def rows_are_open(x: Tensor) -> bool:
@@ -105,6 +119,8 @@ def decoded_tokens(tokens: int) -> bool | Tensor:
     if switch is None or tokens == 1:
         return 1 <= tokens <= MAX_DECODED_TOGETHER
     length = switch.sequence if switch.sequence and tokens % switch.sequence == 0 else tokens
+    if length == 1:
+        return torch.ones(tokens, dtype=torch.bool, device="cpu")
     return torch.arange(tokens, device="cpu") % length >= switch.prefix
 
 

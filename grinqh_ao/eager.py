@@ -19,10 +19,10 @@ def eagerly() -> Iterator[None]:
     """Compiled functions run eagerly, in all threads, until the last that asked for it is done."""
     global _eager_users, _stance
     with _eager:
-        _eager_users += 1
-        if _eager_users == 1:
-            _stance = torch.compiler.set_stance("force_eager")
+        if _eager_users == 0:
+            _stance = torch.compiler.set_stance("force_eager")  # fails in compiled functions
             _stance.__enter__()
+        _eager_users += 1
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ only the experts that tokens are routed to, without waiting for the device to kn
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -46,12 +46,12 @@ class ExpertLinears(nn.Module):
 
         Args:
             x: [T, R, K], or [T, 1, K] if a token's R experts see the same.
-            experts: int64 [T, R].
+            experts: integers [T, R].
 
         Returns:
             [T, R, N] in the dtype of ``x``.
         """
-        x = autocast(x)
+        x, experts = autocast(x), experts.long()
         tokens, routed = experts.shape
         if wants_grad(x):
             return _one_by_one(self.weight, x.expand(tokens, routed, -1), experts)
@@ -65,26 +65,20 @@ class ExpertLinears(nn.Module):
         return y
 
     def _decode(self, x: Tensor, experts: Tensor) -> Tensor:
-        weight = self.weight
-        y = ops.decode_experts(
-            x.expand(*experts.shape, -1).flatten(0, 1),
-            experts.flatten(),
-            weight.slices,
-            weight.scales,
-            weight.vectors,
-            weight.levels,
-        )
-        return y.view(*experts.shape, weight.shape[1])
+        return self._by(ops.decode_experts, x, experts, self.weight.levels)
 
     def _dense(self, x: Tensor, experts: Tensor) -> Tensor:
+        return self._by(ops.dense_experts, x, experts, self.weight.levels[-1])
+
+    def _by(self, op: Callable[..., Tensor], x: Tensor, experts: Tensor, levels: Any) -> Tensor:
         weight = self.weight
-        y = ops.dense_experts(
+        y = op(
             x.expand(*experts.shape, -1).flatten(0, 1),
             experts.flatten(),
             weight.slices,
             weight.scales,
             weight.vectors,
-            weight.levels[-1],
+            levels,
         )
         return y.view(*experts.shape, weight.shape[1])
 
@@ -155,8 +149,9 @@ def put_experts(module: nn.Module, name: str, weight: Tensor) -> None:
     config: Any = copy.copy(module.config)
     config._experts_implementation = IMPLEMENTATION
     module.config = config
+    # In this order, so that there is one whenever this is interrupted: parameters go before modules.
+    module._modules[name] = ExpertLinears(weight)
     del module._parameters[name]
-    module.add_module(name, ExpertLinears(weight))
 
 
 def experts_forward(

@@ -47,8 +47,9 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
         model: a model with weights quantized by ``quantize_(model, GrinqhConfig(...))``.
 
     Returns:
-        The names of the modules in each group that was fused, now or before. A group whose weights
-        have different level sets or tile widths, or are not all quantized, is logged and left.
+        The names of the modules in each group that was fused, now or before. A group that cannot be
+        is logged and left: its weights have different level sets or tile widths, or are not all
+        quantized, or adapters or hooks sit on its layers.
 
     Raises:
         ValueError: nothing in ``model`` is quantized.
@@ -57,38 +58,49 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
     fused = []
     for parent_name, parent in model.named_modules():
         for names in GROUPS:
-            found = [getattr(parent, name, None) for name in names]
-            members = [module for module in found if isinstance(module, nn.Linear)]
-            if len(members) < len(names) or CROSS_ATTENTION.search(parent_name.rpartition(".")[2]):
+            members = [parent._modules.get(name) for name in names]
+            if None in members or CROSS_ATTENTION.search(parent_name.rpartition(".")[2]):
                 continue
             full_names = [f"{parent_name}.{name}".lstrip(".") for name in names]
-            if all(isinstance(member, FusedLinear) for member in members):
-                fused.append(full_names)
-            elif reason := _why_separate(members):
-                logger.warning("%s are not fused: %s", ", ".join(full_names), reason)
-            else:
-                for member in members:
-                    adopt(member)
-                    member.__class__ = FusedLinear
-                fused_members = cast(list[FusedLinear], members)
-                group = _Group(fused_members)
-                for index, member in enumerate(fused_members):
-                    member._group, member._index = group, index
-                fused.append(full_names)
+            if not _are_fused(members):
+                if reason := _why_separate(members):
+                    logger.warning("%s are not fused: %s", ", ".join(full_names), reason)
+                    continue
+                _fuse(cast(list[nn.Linear], members))
+            fused.append(full_names)
     return fused
+
+
+def _are_fused(members: Sequence[nn.Module | None]) -> bool:
+    groups = {getattr(member, "_group", None) for member in members}
+    group = groups.pop()
+    return not groups and group is not None and group.members == list(members)
+
+
+def _fuse(members: list[nn.Linear]) -> None:
+    """Some of them may have been fused before, with others or with a layer that is no more."""
+    for member in members:
+        adopt(member)
+        if type(member) is GrinqhLinear:
+            member.__class__ = FusedLinear
+    group = _Group(cast(list[FusedLinear], members))
+    for index, member in enumerate(cast(list[FusedLinear], members)):
+        member._index, member._group = index, group
 
 
 def unfuse_projections(model: nn.Module) -> None:
     """Undoes :func:`fuse_projections`."""
     for module in model.modules():
         if isinstance(module, FusedLinear):
-            del module._group, module._index
-            module.__class__ = GrinqhLinear  # type: ignore[assignment]
+            module.__dict__.pop("_group", None)
+            # Else what was put on top since, a parametrization or another forward(), goes on.
+            if type(module) is FusedLinear and "forward" not in vars(module):
+                module.__class__ = GrinqhLinear  # type: ignore[assignment]
 
 
-def _why_separate(members: list[nn.Linear]) -> str:
-    """Why linear layers cannot be decoded in one launch; empty if they can."""
-    if any(type(member) not in (nn.Linear, GrinqhLinear) for member in members):
+def _why_separate(members: Sequence[Any]) -> str:
+    """Why modules cannot be decoded in one launch; empty if they can."""
+    if any(type(member) not in (nn.Linear, GrinqhLinear, FusedLinear) for member in members):
         return "they are not plain nn.Linear layers"
     if any("forward" in vars(member) for member in members):
         return "something else, as accelerate's hooks, has replaced their forward()"
@@ -118,6 +130,8 @@ def _decoded_alike(x: Tensor, weights: list[Inner], biases: Sequence[Tensor | No
     return (
         not torch.jit.is_tracing()  # type: ignore[attr-defined]  # no lists of what may be None
         and x.is_floating_point()
+        and x.dtype.itemsize > 1
+        and x.dim() > 0
         and x.shape[-1] == weights[0].scales.shape[1]
         and x.device == weights[0].slices.device
         and x.device.type != "meta"
@@ -249,11 +263,11 @@ def _gone() -> None:
 class FusedLinear(GrinqhLinear):
     """An ``nn.Linear`` that decodes together with others; see :func:`fuse_projections`."""
 
-    _group: _Group
+    _group: _Group | None = None
     _index: int
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, torch.fx.Proxy):
+        if self._group is None or isinstance(input, torch.fx.Proxy):
             return super().forward(input)
         result = self._group.result(self._index, input)
         return super().forward(input) if result is None else result

@@ -68,6 +68,8 @@ def linear(x: Tensor, weight: GrinqhTensor | Inner, bias: Tensor | None = None) 
     together = decode_rule.decoded_together()
     if not together:
         decode_rule.note_sequence(x)
+        if (sequences := decode_rule.in_sequences(x)) is not x:
+            return linear(sequences, weight, bias).flatten(0, 1)
     start = first_decoded_row(x, bias)
     if start is None:
         return _dense(x, weight, bias)

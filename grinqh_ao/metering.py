@@ -32,7 +32,7 @@ class Reading:
     Attributes:
         weights: number of weights; of experts, of those that a token is routed to.
         code_bits: bits of codes read, per token.
-        scale_bits: bits of scales read, per token.
+        scale_bits: bits read per token of scales, and of what there is for each channel and row.
         padding_bits: bits of codes read per token for outputs that only pad a tile.
         shares: level -> share of the weights read at that level.
         stored_bytes: everything stored.
@@ -54,7 +54,7 @@ class Reading:
 
     @property
     def bits_with_scales(self) -> float:
-        """Average bits read per weight, scales included."""
+        """Average bits read per weight, ``scale_bits`` included."""
         return (self.code_bits + self.scale_bits) / self.weights
 
     @property
@@ -64,7 +64,7 @@ class Reading:
 
     @property
     def bytes_per_token_with_scales(self) -> float:
-        """Bytes read per token: codes, padding and scales."""
+        """Bytes read per token: codes, padding and ``scale_bits``."""
         return self.bytes_per_token + self.scale_bits / 8
 
     @property
@@ -265,14 +265,17 @@ def _count(
     args: tuple[Tensor, ...],
     kwargs: dict[str, Tensor],
 ) -> None:
-    x = args[0] if args else kwargs["input"]
+    x = decode_rule.in_sequences(args[0] if args else kwargs["input"])
+    # It may have been replaced; and it may be offloaded, of which there is a copy.
+    if isinstance(module.weight, GrinqhTensor) and not module.weight.is_meta:
+        weight = module.weight
     start = first_decoded_row(x, module.bias)
     if start is None:
         if decode_rule.first_row_by_shape(x) is not None:
             counter.tokens_with_gradient += 1
         return
     rows = x.detach()[..., start:, :] if x.dim() > 1 else x.detach()[None]
-    bits = weight.grade(rows.to(weight.device)).flatten(0, -2)  # it may be offloaded
+    bits = weight.grade(rows.to(weight.device)).flatten(0, -2)
     if decoded_together():
         bits = bits.amax(0, keepdim=True)
     counter.add(bits, tokens=len(bits))

@@ -9,8 +9,11 @@ work when the first module arrives. For the modules that follow nothing is left 
 from __future__ import annotations
 
 import logging
+import operator
 import sys
+from collections import deque
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -132,9 +135,9 @@ def _calibrate(model: nn.Module, layers: Iterable[Layer]) -> None:
         holders = {layer.linear for layer in group}
         found = [(n, module, w) for n, module, w in quantized_linears(model) if module in holders]
         try:
-            data = batches.setdefault(shared, []) or list(group[0].config._calibration)
-            batches[shared] = data
-            calibrate_layers(model, found, data, stored_bits=stored_bits)
+            if shared not in batches:
+                batches[shared] = list(group[0].config._calibration)
+            calibrate_layers(model, found, batches[shared], stored_bits=stored_bits)
         except BaseException as error:
             error.add_note(
                 f"{len(group)} layers are quantized, but not calibrated: call quantize_ again, or "
@@ -208,8 +211,10 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
         put_experts(layer.module, layer.parameter, nested)
         return
     parameter = nn.Parameter(nested, requires_grad=False)
+    tables = [holder._parameters for _, holder in holders]
+    # Tied modules stay tied, also if this is interrupted: for that there is no time within a map.
+    deque(map(operator.setitem, tables, repeat("weight"), repeat(parameter)), maxlen=0)
     for _, holder in holders:
-        holder.weight = parameter  # tied modules stay tied
         adopt(holder, shared=len(holders) > 1)
 
 

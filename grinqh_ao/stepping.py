@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -53,6 +53,7 @@ class Gate:
                 finally:
                     self._steps_waiting -= 1
                     self._steps_first = max(0, self._steps_first - 1)
+                    self._condition.notify_all()  # if interrupted: a change may be waiting for this
                 self._steps += 1
             self._mine.call = call
         self._mine.depth = self._depth + 1
@@ -116,15 +117,22 @@ def guard_steps(model: nn.Module) -> None:
 
     Args:
         model: what is called, step by step: the model, or what ``torch.compile(model)`` gave, since
-            nothing of this is part of compiled graphs. On a GPU all threads are taken to use the
-            same stream, as they do by default.
+            nothing of this is part of compiled graphs. Models that ``generate()`` or their own
+            ``compile()`` compiles need not be given again. On a GPU all threads are taken to use
+            the same stream, as they do by default.
     """
-    if hasattr(model, _GATE):
-        return
-    gate = Gate()
-    setattr(model, _GATE, gate)
-    model.register_forward_pre_hook(_Enter(gate))
-    model.register_forward_hook(_Leave(gate), always_call=True)
+    inner: Any = getattr(model, "_orig_mod", model)
+    gate = getattr(inner, _GATE, None) or Gate()
+    setattr(inner, _GATE, gate)
+    for called in (inner, model):
+        if not any(isinstance(hook, _Enter) for hook in called._forward_pre_hooks.values()):
+            called.register_forward_pre_hook(_Enter(gate))
+            called.register_forward_hook(_Leave(gate), always_call=True)
+    # Hooks are no part of what these compile.
+    inner.compile = _Compile(inner, gate)
+    _guard_compiled_call(inner, gate)
+    if hasattr(type(inner), "get_compiled_call"):  # transformers: what generate() calls
+        inner.get_compiled_call = _GetCompiledCall(inner, gate)
 
 
 class _Enter:
@@ -140,6 +148,46 @@ class _Leave(_Enter):
     def __call__(self, *_: Any) -> None:
         if not being_traced():
             self.gate.leave()
+
+
+class _Step:
+    """A compiled function, each call of which is a step."""
+
+    def __init__(self, function: Callable[..., Any], gate: Gate) -> None:
+        self.function, self.gate = function, gate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if being_traced():
+            return self.function(*args, **kwargs)
+        self.gate.enter(sys._getframe())
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.gate.leave()
+
+
+def _guard_compiled_call(model: Any, gate: Gate) -> None:
+    call = model._compiled_call_impl
+    if call is not None and not isinstance(call, _Step):
+        model._compiled_call_impl = _Step(call, gate)
+
+
+class _Compile:
+    """``model.compile`` of a guarded model."""
+
+    def __init__(self, model: Any, gate: Gate) -> None:
+        self.model, self.gate = model, gate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        type(self.model).compile(self.model, *args, **kwargs)
+        _guard_compiled_call(self.model, self.gate)
+
+
+class _GetCompiledCall(_Compile):
+    """``model.get_compiled_call`` of one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Step(type(self.model).get_compiled_call(self.model, *args, **kwargs), self.gate)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torchao.quantization import quantize_
 
 import plain
-from grinqh_ao import GrinqhConfig, GrinqhTensor, decode_every_row, decode_rule
+from grinqh_ao import GrinqhConfig, GrinqhTensor, decode_every_row, decode_rule, measure
 from models import tiny_model
 
 
@@ -76,6 +76,46 @@ def test_experts_know_where_sequences_begin_whatever_a_router_sees():
         decode_rule.note_sequence(torch.empty(2, 6, 40))
         decode_rule.note_sequence(torch.empty(12, 40))
         assert decode_rule.decoded_tokens(12).tolist() == [False, False, *[True] * 4] * 2
+
+
+class Flattens(torch.nn.Module):
+    """A layer that sees sequences, and one that sees all tokens of a batch in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(40, 64), torch.nn.Linear(64, 96)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(y.flatten(0, 1)).view(*y.shape[:2], -1)
+
+
+@torch.no_grad()
+def test_tokens_in_one_dimension_belong_to_sequences():
+    """As OPT and mixtures with shared experts put them; a text's results are those of its own."""
+    model = Flattens()
+    quantize_(model, GrinqhConfig(bits=2))
+    x = torch.distributions.Laplace(0.0, 1.0).sample((3, 12, 40))
+    with decode_every_row(dense_prefix=5), measure(model) as measured:
+        together = model(x)
+    assert measured._counters["second"].tokens == 3 * 7
+    with decode_every_row(dense_prefix=5):
+        for text, expected in zip(x, together, strict=True):
+            torch.testing.assert_close(model(text[None])[0], expected)
+
+
+@torch.no_grad()
+def test_a_row_of_each_sequence_is_decoded_whatever_the_prefix():
+    """Next tokens of a batch, or where a model computes logits of last tokens only."""
+    model = Flattens()
+    quantize_(model, GrinqhConfig(bits=2))
+    x = torch.distributions.Laplace(0.0, 1.0).sample((12, 1, 40))
+    with decode_every_row(dense_prefix=5):
+        assert decode_rule.first_row_by_shape(x) == 0
+        together = model(x)
+        assert decode_rule.decoded_tokens(12).all()
+        for row, expected in zip(x, together, strict=True):
+            torch.testing.assert_close(model(row[None])[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

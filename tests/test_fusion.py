@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torchao.quantization import quantize_
 
 from grinqh_ao import (
@@ -35,6 +36,49 @@ def model(family) -> nn.Module:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(0, 320, (1, 11))
+
+
+@torch.no_grad()
+def test_what_was_put_on_top_since_goes_on_after_unfusing(model, ids):
+    """Another forward(), as accelerate's hooks put there, and a parametrization."""
+    expected = model(ids).logits
+    fuse_projections(model)
+    q, k = (getattr(model.model.layers[0].self_attn, name) for name in ("q_proj", "k_proj"))
+    q.forward = (lambda forward: lambda *args: forward(*args))(q.forward)
+    if k.bias is not None:
+        parametrize.register_parametrization(k, "bias", nn.Identity())
+    unfuse_projections(model)
+    with CountOps() as count:
+        torch.testing.assert_close(model(ids).logits, expected)
+        model(ids[:, :1])
+    assert ops.decode_linears not in count.calls
+
+
+def test_layers_in_place_of_fused_ones_are_fused(model, ids):
+    groups = fuse_projections(model)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = copy.deepcopy(attention.q_proj)
+    attention.k_proj = nn.Linear(*reversed(attention.k_proj.weight.shape))
+    quantize_(attention.k_proj, GrinqhConfig(bits=3))
+    assert fuse_projections(model) == groups
+    with CountOps() as count, torch.no_grad():
+        model(ids[:, :1])
+    assert count.calls[ops.decode_linears] == 2 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        (torch.zeros(1, 64).to(torch.float8_e4m3fn), TypeError),
+        (torch.tensor(1.0), ValueError),
+    ],
+)
+def test_inputs_are_refused_as_by_other_layers(x, error):
+    model = tiny_model("llama", tied=False)
+    quantize_(model, GrinqhConfig(bits=3))
+    fuse_projections(model)
+    with pytest.raises(error, match="input of"):
+        model.model.layers[0].self_attn.q_proj(x)
 
 
 def test_one_launch_per_group_and_the_same_tokens(model, ids):

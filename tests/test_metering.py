@@ -1,5 +1,7 @@
 """Measured bits, bytes and shares, against counts by hand."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -137,6 +139,16 @@ def test_measures_compiled_models(model):
     with measure(compiled) as through_the_wrapper:
         compiled(x)
     assert through_the_wrapper.total == measured.total
+
+
+@torch.no_grad()
+def test_weights_that_were_replaced_meanwhile(model):
+    other = copy.deepcopy(model)
+    set_bits(other, 8)
+    with measure(model) as measured:
+        model.load_state_dict(other.state_dict(), assign=True)
+        model(torch.randn(1, 40))
+    assert measured.layers["0"].bits == 8
 
 
 def test_tied_weights_are_stored_once():

@@ -4,12 +4,13 @@ import copy
 import pickle
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
 from torch import nn
 from torchao.quantization import quantize_
+from transformers import CompileConfig
 
 import grinqh_ao
 from grinqh_ao import GrinqhConfig, GrinqhTensor, guard_steps, measure, set_bits
@@ -228,6 +229,47 @@ def test_guarded_models_compile(model, compiled_first, monkeypatch):
             assert entered == [1, 2]
 
 
+def waits_for_changes(step, gate):
+    with ThreadPoolExecutor(1) as pool:
+        with gate.change():
+            running = pool.submit(step)
+            waited = not wait([running], timeout=0.3).done
+        running.result(60)
+    return waited
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_models_that_compile_themselves_are_guarded(model, compiled_first):
+    x = torch.randn(1, 64)
+    for make in [guard_steps, lambda m: m.compile(backend="eager")][:: -1 if compiled_first else 1]:
+        make(model)
+    model(x)  # compiled
+    assert waits_for_changes(lambda: model(x), model._grinqh_gate)
+    other = copy.deepcopy(model)
+    other.compile(backend="eager")
+    assert waits_for_changes(lambda: other(x), other._grinqh_gate)
+
+
+def test_what_generate_compiles_is_guarded():
+    model = tiny_model("llama", tied=False)
+    quantize_(model, GrinqhConfig(bits=3))
+    guard_steps(model)
+    call = model.get_compiled_call(CompileConfig(backend="eager", mode=None))
+    call(input_ids=torch.ones(1, 1, dtype=torch.long))  # compiled
+    step = lambda: call(input_ids=torch.ones(1, 1, dtype=torch.long))  # noqa: E731
+    assert waits_for_changes(step, model._grinqh_gate)
+
+
+def test_both_a_model_and_what_it_was_compiled_to_can_be_guarded(model):
+    x = torch.randn(1, 64)
+    guard_steps(model)
+    compiled = torch.compile(model, backend="eager")
+    guard_steps(compiled)
+    compiled(x)
+    for called in (compiled, model):
+        assert waits_for_changes(lambda called=called: called(x), model._grinqh_gate)
+
+
 def test_measuring_counts_its_own_thread(model):
     inside, counted = threading.Barrier(3), []
 
@@ -244,22 +286,46 @@ def test_measuring_counts_its_own_thread(model):
     assert not any(layer._forward_pre_hooks for layer in model)
 
 
-def test_the_last_to_leave_lets_compiled_functions_run_again():
-    compiled = []
+@pytest.fixture
+def compiled_graphs():
+    """A compiled function, and a list of its graphs."""
+    graphs = []
 
     def backend(graph, _):
-        compiled.append(graph)
+        graphs.append(graph)
         return graph.forward
 
-    function = torch.compile(lambda x: x + 1, backend=backend)
+    return torch.compile(lambda x: x + 1, backend=backend), graphs
+
+
+def test_the_last_to_leave_lets_compiled_functions_run_again(compiled_graphs):
+    function, graphs = compiled_graphs
     first, second = eagerly(), eagerly()
     first.__enter__(), second.__enter__()
     first.__exit__(None, None, None)
     function(torch.ones(3))
-    assert not compiled
+    assert not graphs
     second.__exit__(None, None, None)
     function(torch.ones(3))
-    assert len(compiled) == 1
+    assert len(graphs) == 1
+
+
+def test_where_measuring_fails_it_works_afterwards(model, compiled_graphs):
+    """Within a compiled function it cannot be."""
+
+    @torch.compile(backend="eager")
+    def measured_within(x):
+        with measure(model):
+            return model(x)
+
+    with pytest.raises(RuntimeError, match="set_stance"):
+        measured_within(torch.randn(1, 64))
+    function, graphs = compiled_graphs
+    with measure(model):
+        function(torch.ones(3))
+    assert not graphs
+    function(torch.ones(3))
+    assert len(graphs) == 1
 
 
 def test_kernels_are_registered_once(monkeypatch):
