@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.testing._internal.distributed._tensor.common_dtensor import DTensorTestBase, with_comms
 from torchao.quantization import quantize_
 from torchao.testing import utils as torchao_testing
@@ -43,6 +44,26 @@ class TwoRanks(DTensorTestBase):
         self.check_what_cannot_be_cut(mesh)
         self.check_fully_shard(mesh)
         self.check_fully_shard_of_a_model_with_whole_weights(mesh)
+        self.check_ddp_of_what_is_on_top()
+
+    def check_ddp_of_what_is_on_top(self):
+        """As docs/distributed.md says; what is trained is averaged over ranks."""
+        torch.manual_seed(self.rank)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128, bias=False))
+        quantize_(model, GrinqhConfig(bits=3), lambda module, name: name == "1")
+        codes = [n for n, p in model.named_parameters() if isinstance(p, GrinqhTensor)]
+        assert codes == ["1.weight"]
+        before = model[1].weight.dequantize()
+        DDP._set_params_and_buffers_to_ignore_for_model(model, codes)
+        ddp = DDP(model)
+        assert torch.equal(model[1].weight.dequantize(), before)
+        ddp(torch.randn(9, 64)).square().mean().backward()
+        for parameter in model[0].parameters():
+            for of_rank in (parameter.detach(), parameter.grad):
+                found = [torch.empty_like(of_rank) for _ in range(self.world_size)]
+                torch.distributed.all_gather(found, of_rank)
+                assert all(torch.equal(one, found[0]) for one in found)
+                assert found[0].abs().max() > 0
 
     def check_layers_cut_by_torchao(self, mesh, dtype):
         torch.manual_seed(5)
