@@ -149,7 +149,7 @@ def put_experts(module: nn.Module, name: str, weight: Tensor) -> None:
     config: Any = copy.copy(module.config)
     config._experts_implementation = IMPLEMENTATION
     module.config = config
-    # In this order, so that there is one whenever this is interrupted: parameters go before modules.
+    # In this order there is one whenever this is interrupted: parameters come before modules.
     module._modules[name] = ExpertLinears(weight)
     del module._parameters[name]
 

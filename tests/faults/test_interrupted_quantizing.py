@@ -1,4 +1,4 @@
-"""Wherever quantize_ or fuse_projections is interrupted, the model works, and the next call ends it."""
+"""Wherever quantize_ or fuse_projections is interrupted: the model works, another call goes on."""
 
 import copy
 import sys
@@ -20,7 +20,8 @@ class Interrupter:
         self.functions, self.at, self.lines = functions, at, 0
 
     def _trace(self, frame, event, _):
-        if frame.f_code.co_name not in self.functions or "grinqh_ao" not in frame.f_code.co_filename:
+        code = frame.f_code
+        if code.co_name not in self.functions or "grinqh_ao" not in code.co_filename:
             return None
         if event == "line":
             self.lines += 1

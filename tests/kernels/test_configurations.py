@@ -1,7 +1,6 @@
 """How layers are cut into programs."""
 
 import pytest
-
 import torch
 
 pytest.importorskip("triton")

@@ -8,7 +8,8 @@ import warnings
 
 import torch
 
-MIN_CAPABILITY = (7, 5)  # Turing. What is compiled for older ones cannot be disassembled, so no test sees it
+# Turing. What is compiled for older ones cannot be disassembled, so no test can check it.
+MIN_CAPABILITY = (7, 5)
 
 
 @functools.cache
