@@ -28,6 +28,18 @@ def _alias(weight: GrinqhTensor) -> GrinqhTensor:
     return weight.with_data(lambda data: data)
 
 
+def _view(handler: Op) -> Op:
+    """For ops whose results are views of a weight: they must be from inference mode or from outside
+    of it as the weight is, whatever the mode is now."""
+
+    @functools.wraps(handler)
+    def run(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Any:
+        with torch.inference_mode(args[0].is_inference()):
+            return handler(func, types, args, kwargs)
+
+    return run
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, GrinqhTensor):
         raise TypeError("a GrinqhTensor can be the weight of a linear layer, not its input or bias")
@@ -51,11 +63,10 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     [aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default,
      aten.mT.default, aten.expand.default, aten.unsqueeze.default]
 )  # fmt: skip
+@_view
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
     weight, *rest = args
-    # As a view of a weight from outside of inference mode, it must come from there too.
-    with torch.inference_mode(weight.is_inference()):
-        view: Tensor = func(weight.dequantize(), *rest, **kwargs)
+    view: Tensor = func(weight.dequantize(), *rest, **kwargs)
     return view
 
 
@@ -69,6 +80,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
 
 
 @GrinqhTensor.implements(aten.select.int)
+@_view
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     stack, dim, index = args
     if stack.dim() != 3 or dim not in (0, -3):
@@ -81,6 +93,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
 
 
 @GrinqhTensor.implements(aten.slice.Tensor)
+@_view
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     weight, *rest = args
     given: tuple[Any, ...] = (*rest, *(0, None, None, 1)[len(rest) :])
@@ -96,6 +109,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
 
 
 @GrinqhTensor.implements(aten.split.Tensor)
+@_view
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> list[Tensor]:
     weight, size, *rest = args
     dim = (rest[0] if rest else kwargs.get("dim", 0)) % weight.dim()
@@ -104,6 +118,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> list[Tensor]:
 
 
 @GrinqhTensor.implements(aten.view.default)
+@_view
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     weight, shape = args
     # FSDP2 wants a flat one of every parameter, and uses it of dense ones.
@@ -122,6 +137,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
 
 
 @GrinqhTensor.implements(aten.as_strided.default)
+@_view
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     weight, size, stride = args[:3]
     if (tuple(size), tuple(stride)) != (tuple(weight.shape), weight.stride()):
@@ -144,6 +160,7 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> bool:
 
 
 @GrinqhTensor.implements(aten.unbind.int)
+@_view
 def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> list[Tensor]:
     return [args[0].select(0, index) for index in range(len(args[0]))]
 
@@ -228,22 +245,15 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> GrinqhTensor:
     dtype, device = given.get("dtype") or weight.dtype, given.get("device") or weight.device
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}: a GrinqhTensor can present itself as floating point only")
-    must_copy = func is aten._to_copy.default or given.get("copy", False)
-    if not must_copy and (dtype, torch.device(device)) == (weight.dtype, weight.device):
-        return weight
-    return weight.with_data(lambda data: data.to(device, copy=True), dtype=dtype)
+    as_it_is = func is not aten._to_copy.default and dtype == weight.dtype
+    copy = given.get("copy") or not as_it_is
+    new: GrinqhTensor = weight.with_data(lambda data: data.to(device, copy=copy), dtype=dtype)
+    return weight if new.slices is weight.slices else new
 
 
-_detach = GrinqhTensor._ATEN_OP_TABLE[GrinqhTensor][aten.detach.default]
-
-
-# What nn.Parameter asks of a weight, also where a model is moved in inference mode.
-@GrinqhTensor.implements(aten.detach.default)
-def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
-    with torch.inference_mode(args[0].is_inference()):  # as for the views above
-        detached: Tensor = _detach(func, types, args, kwargs)
-    return detached
-
+for _op in (aten.detach.default, aten.alias.default):
+    _of_base_class = GrinqhTensor._ATEN_OP_TABLE[GrinqhTensor][_op]
+    GrinqhTensor.implements(_op)(_view(_of_base_class))
 
 _copy_same_type = GrinqhTensor._ATEN_OP_TABLE[GrinqhTensor][aten.copy_.default]
 

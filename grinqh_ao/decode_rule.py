@@ -31,13 +31,18 @@ class _Switch:
 
     Attributes:
         prefix: rows at the start of each sequence that take the dense path.
-        sequence: length of sequences, as linear layers last saw it. Experts, and layers within
-            models that put all tokens of a batch into one dimension, learn from this where
-            sequences begin.
+        rows: of all sequences, as linear layers last saw them.
+        sequence: length of each. Experts, and layers within models that put all tokens of a batch
+            into one dimension, learn from these where sequences begin.
     """
 
     prefix: int
-    sequence: int | None = None
+    rows: int = 0
+    sequence: int = 0
+
+    def sequences_in(self, rows: int) -> int:
+        """How many sequences so many rows of one dimension are: those seen last, or else one."""
+        return rows // self.sequence if rows == self.rows > 0 else 1
 
 
 _switch: ContextVar[_Switch | None] = ContextVar("grinqh_decode_every_row", default=None)
@@ -48,6 +53,8 @@ def decode_every_row(dense_prefix: int = 0) -> Iterator[None]:
     """Applies the decode rule to every row by itself, in every quantized linear, in this thread.
 
     The results are those of token-by-token decoding after a prompt of ``dense_prefix`` tokens.
+    Inputs with one dimension for all tokens of a batch are cut into the sequences that layers
+    before have seen. Where sequences have a single row, a next token, it is decoded in any case.
     Inputs that want gradients take the dense path even so: use it under ``torch.no_grad()``. While
     it is active, compiled functions run eagerly, in all threads: compiled graphs do not know of the
     switch.
@@ -73,18 +80,18 @@ def note_sequence(x: Tensor) -> None:
     """Tells later layers how long sequences are, by the input [B, S, K] of a linear layer."""
     switch = _active()
     if switch is not None and x.dim() > 2:
-        switch.sequence = x.shape[-2]
+        switch.rows, switch.sequence = x.shape[:-1].numel(), x.shape[-2]
 
 
 def in_sequences(x: Tensor) -> Tensor:
-    """With the switch on, ``x`` [B * S, K] as [B, S, K], where sequences were seen to have S rows.
+    """With the switch on, ``x`` [B * S, K] as [B, S, K], where B sequences of S rows came before.
 
     Else, and any other ``x``, as it is.
     """
     switch = _active()
-    if switch is None or x.dim() != 2 or not switch.sequence or len(x) % switch.sequence:
+    if switch is None or x.dim() != 2 or (sequences := switch.sequences_in(len(x))) == 1:
         return x
-    return x.unflatten(0, (-1, switch.sequence)) if len(x) > switch.sequence else x
+    return x.reshape(sequences, -1, x.shape[-1])
 
 
 def first_row_by_shape(x: Tensor) -> int | None:
@@ -96,7 +103,7 @@ def first_row_by_shape(x: Tensor) -> int | None:
         return 0
     if switch is None or x.dim() < 2 or rows == 0:
         return None
-    if x.shape[-2] == 1:  # the next token of each text, or the last one's logits
+    if x.shape[-2] == 1:  # the next token of each text, or only the last one of each, for logits
         return 0
     return switch.prefix if switch.prefix < x.shape[-2] else None
 
@@ -116,12 +123,10 @@ def decoded_tokens(tokens: int) -> bool | Tensor:
     of those is quantized, all tokens are taken for one sequence.
     """
     switch = _active()
-    if switch is None or tokens == 1:
+    if switch is None or tokens <= 1:
         return 1 <= tokens <= MAX_DECODED_TOGETHER
-    length = switch.sequence if switch.sequence and tokens % switch.sequence == 0 else tokens
-    if length == 1:
-        return torch.ones(tokens, dtype=torch.bool, device="cpu")
-    return torch.arange(tokens, device="cpu") % length >= switch.prefix
+    length = tokens // switch.sequences_in(tokens)
+    return length == 1 or torch.arange(tokens, device="cpu") % length >= switch.prefix
 
 
 def decoded_together() -> bool:

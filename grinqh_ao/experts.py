@@ -149,7 +149,8 @@ def put_experts(module: nn.Module, name: str, weight: Tensor) -> None:
     config: Any = copy.copy(module.config)
     config._experts_implementation = IMPLEMENTATION
     module.config = config
-    # In this order there is one whenever this is interrupted: parameters come before modules.
+    # The module first: as long as both are there, the parameter is found, and an interrupt does no
+    # harm.
     module._modules[name] = ExpertLinears(weight)
     del module._parameters[name]
 

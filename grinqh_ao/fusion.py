@@ -49,7 +49,8 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
     Returns:
         The names of the modules in each group that was fused, now or before. A group that cannot be
         is logged and left: its weights have different level sets or tile widths, or are not all
-        quantized, or adapters or hooks sit on its layers.
+        quantized, or adapters or hooks sit on its layers. (Those that were put there later change
+        nothing; but a group under adapters is not named.)
 
     Raises:
         ValueError: nothing in ``model`` is quantized.
@@ -78,7 +79,7 @@ def _are_fused(members: Sequence[nn.Module | None]) -> bool:
 
 
 def _fuse(members: list[nn.Linear]) -> None:
-    """Some of them may have been fused before, with others or with a layer that is no more."""
+    """Some of them may have been fused before, with others or with layers replaced since."""
     for member in members:
         adopt(member)
         if type(member) is GrinqhLinear:

@@ -17,6 +17,7 @@ from grinqh_ao.codec import SCALE_GROUP
 from grinqh_ao.decode_rule import decoded_together, decoded_tokens
 from grinqh_ao.eager import eagerly
 from grinqh_ao.experts import ExpertLinears
+from grinqh_ao.grading import ALL_LEVELS
 from grinqh_ao.linear import first_decoded_row, wants_grad
 from grinqh_ao.model import quantized_modules, require_quantized_linears
 from grinqh_ao.torchao_tensor import GrinqhTensor
@@ -95,7 +96,7 @@ class _Counter:
         one = weight[0] if weight.dim() == 3 else weight
         read_once = [one.vectors, one.low]
         return cls(
-            counts=torch.zeros(len(weight.levels), dtype=torch.int64, device=weight.device),
+            counts=torch.zeros(len(ALL_LEVELS), dtype=torch.int64, device=weight.device),
             levels=weight.levels,
             shape=(one.shape[0], one.shape[1]),
             padded_outputs=one.slices.shape[0] * one.tile,
@@ -109,7 +110,8 @@ class _Counter:
     def add(self, bits: Tensor, tokens: int) -> None:
         """Counts the levels [rows, K] that were read of a weight."""
         # Not bincount(), which waits for the device.
-        self.counts += torch.stack([(bits == level).sum() for level in self.levels])
+        counts = torch.stack([(bits == level).sum() for level in ALL_LEVELS])
+        self.counts += counts.to(self.counts.device)
         self.rows += len(bits)
         self.tokens += tokens
 
@@ -117,7 +119,9 @@ class _Counter:
         n, k = self.shape
         routed = self.rows / self.tokens
         per_token = [count / self.tokens for count in self.counts.tolist()]
-        channels = dict(zip(self.levels, per_token, strict=True))
+        counted = zip(ALL_LEVELS, per_token, strict=True)
+        # Other levels too, where the weight was replaced meanwhile.
+        channels = {level: count for level, count in counted if count or level in self.levels}
         active = sum(count for level, count in channels.items() if level)
         bits = sum(level * count for level, count in channels.items())
         return Reading(
@@ -258,6 +262,14 @@ def _if_of_thread(thread: int, count: Callable[..., None], *args: Any) -> None:
         count(*args)
 
 
+def _weight_now(module: nn.Module, weight: GrinqhTensor) -> GrinqhTensor | None:
+    """What ``module`` has in place of ``weight``; None if that is not quantized."""
+    found = module._parameters.get("weight")
+    if found is None or found.is_meta:  # behind a parametrization; or offloaded, and this has data
+        return weight
+    return found if isinstance(found, GrinqhTensor) else None
+
+
 def _count(
     counter: _Counter,
     weight: GrinqhTensor,
@@ -266,16 +278,16 @@ def _count(
     kwargs: dict[str, Tensor],
 ) -> None:
     x = decode_rule.in_sequences(args[0] if args else kwargs["input"])
-    # It may have been replaced; and it may be offloaded, of which there is a copy.
-    if isinstance(module.weight, GrinqhTensor) and not module.weight.is_meta:
-        weight = module.weight
+    now = _weight_now(module, weight)
+    if now is None:
+        return
     start = first_decoded_row(x, module.bias)
     if start is None:
         if decode_rule.first_row_by_shape(x) is not None:
             counter.tokens_with_gradient += 1
         return
     rows = x.detach()[..., start:, :] if x.dim() > 1 else x.detach()[None]
-    bits = weight.grade(rows.to(weight.device)).flatten(0, -2)
+    bits = now.grade(rows.to(now.device)).flatten(0, -2)
     if decoded_together():
         bits = bits.amax(0, keepdim=True)
     counter.add(bits, tokens=len(bits))
@@ -289,8 +301,9 @@ def _count_experts(
     kwargs: dict[str, Tensor],
 ) -> None:
     x, experts = args
+    now = _weight_now(module, weights)
     decoded = decoded_tokens(len(experts))
-    if decoded is False:
+    if decoded is False or now is None:
         return
     if wants_grad(x):
         counter.tokens_with_gradient += 1
@@ -299,6 +312,6 @@ def _count_experts(
         experts, x = experts[decoded.to(x.device)], x[decoded.to(x.device)]
     rows = x.detach().expand(*experts.shape, -1)
     for expert in experts.unique().tolist():
-        bits = weights[expert].grade(rows[experts == expert].to(weights.device))
+        bits = now[expert].grade(rows[experts == expert].to(now.device))
         counter.add(bits, tokens=0)
     counter.tokens += len(experts)

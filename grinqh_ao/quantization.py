@@ -67,6 +67,8 @@ def _quantize(call: QuantizeCall) -> None:
         except ValueError as error:
             raise ValueError(f"{layer}: {error}; nothing was quantized") from None
     # Up to here nothing has been changed.
+    for layer in before:  # in case that this was not done any more
+        _adopt_all(owners.get(cast(Tensor, layer.weight), []))
     try:
         _quantize_layers(todo, owners, call.device)
     finally:
@@ -212,8 +214,13 @@ def _quantize_layer(layer: Layer, is_head: bool, owners: Owners, device: Any) ->
         return
     parameter = nn.Parameter(nested, requires_grad=False)
     tables = [holder._parameters for _, holder in holders]
-    # Tied modules stay tied, also if this is interrupted: for that there is no time within a map.
+    # One call into C, which Ctrl-C cannot split: tied modules stay tied.
     deque(map(operator.setitem, tables, repeat("weight"), repeat(parameter)), maxlen=0)
+    _adopt_all(holders)
+
+
+def _adopt_all(holders: list[tuple[str, nn.Module]]) -> None:
+    """All modules that have a weight."""
     for _, holder in holders:
         adopt(holder, shared=len(holders) > 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -129,10 +130,10 @@ def guard_steps(model: nn.Module) -> None:
             called.register_forward_pre_hook(_Enter(gate))
             called.register_forward_hook(_Leave(gate), always_call=True)
     # Hooks are no part of what these compile.
-    inner.compile = _Compile(inner, gate)
-    _guard_compiled_call(inner, gate)
+    _guard_compiled_call(inner)
+    inner.compile = _Method(_compile, inner)
     if hasattr(type(inner), "get_compiled_call"):  # transformers: what generate() calls
-        inner.get_compiled_call = _GetCompiledCall(inner, gate)
+        inner.get_compiled_call = _Method(_get_compiled_call, inner)
 
 
 class _Enter:
@@ -166,28 +167,37 @@ class _Step:
             self.gate.leave()
 
 
-def _guard_compiled_call(model: Any, gate: Gate) -> None:
+def _guard_compiled_call(model: Any) -> None:
     call = model._compiled_call_impl
     if call is not None and not isinstance(call, _Step):
-        model._compiled_call_impl = _Step(call, gate)
+        model._compiled_call_impl = _Step(call, getattr(model, _GATE))
 
 
-class _Compile:
-    """``model.compile`` of a guarded model."""
-
-    def __init__(self, model: Any, gate: Gate) -> None:
-        self.model, self.gate = model, gate
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        type(self.model).compile(self.model, *args, **kwargs)
-        _guard_compiled_call(self.model, self.gate)
+def _compile(model: Any, *args: Any, **kwargs: Any) -> None:
+    type(model).compile(model, *args, **kwargs)
+    _guard_compiled_call(model)
 
 
-class _GetCompiledCall(_Compile):
-    """``model.get_compiled_call`` of one."""
+def _get_compiled_call(model: Any, *args: Any, **kwargs: Any) -> _Step:
+    return _Step(type(model).get_compiled_call(model, *args, **kwargs), getattr(model, _GATE))
+
+
+class _Method:
+    """A method of one model only. It does not keep the model alive, and is copied along with it."""
+
+    def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
+        self.__func__ = function  # with __self__ what accelerate looks for in copies that it makes
+        self._model = weakref.ref(model)
+
+    @property
+    def __self__(self) -> nn.Module | None:
+        return self._model()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _Step(type(self.model).get_compiled_call(self.model, *args, **kwargs), self.gate)
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Method, (self.__func__, self.__self__)
 
 
 @contextmanager

@@ -39,14 +39,15 @@ def ids() -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_what_was_put_on_top_since_goes_on_after_unfusing(model, ids):
+def test_what_was_put_on_top_since_goes_on_after_unfusing(ids):
     """Another forward(), as accelerate's hooks put there, and a parametrization."""
+    model = tiny_model("llama", tied=False, attention_bias=True)
+    quantize_(model, GrinqhConfig(bits=3))
     expected = model(ids).logits
     fuse_projections(model)
     q, k = (getattr(model.model.layers[0].self_attn, name) for name in ("q_proj", "k_proj"))
     q.forward = (lambda forward: lambda *args: forward(*args))(q.forward)
-    if k.bias is not None:
-        parametrize.register_parametrization(k, "bias", nn.Identity())
+    parametrize.register_parametrization(k, "bias", nn.Identity())
     unfuse_projections(model)
     with CountOps() as count:
         torch.testing.assert_close(model(ids).logits, expected)

@@ -9,6 +9,7 @@ from torchao.quantization import quantize_
 
 import plain
 from grinqh_ao import GrinqhConfig, decode_every_row, measure, set_bits
+from models import tiny_model
 
 
 @pytest.fixture
@@ -149,6 +150,43 @@ def test_weights_that_were_replaced_meanwhile(model):
         model.load_state_dict(other.state_dict(), assign=True)
         model(torch.randn(1, 40))
     assert measured.layers["0"].bits == 8
+    assert measured.layers["0"].shares == {0: 0, 2: 0, 4: 0, 6: 0, 8: 1}
+
+
+@torch.no_grad()
+def test_weights_with_other_levels_meanwhile():
+    first, second = nn.Linear(40, 96), nn.Linear(40, 96)
+    quantize_(first, GrinqhConfig(bits=3, levels=[0, 4, 8]))
+    quantize_(second, GrinqhConfig(bits=6))
+    set_bits(second, 6)
+    x = torch.distributions.Laplace(0.0, 1.0).sample((1, 40))
+    with measure(first) as measured:
+        first.weight = second.weight
+        first(x)
+    levels = plain.levels_of(x[0], second.weight)
+    assert 6 in levels
+    assert measured.total.bits == pytest.approx(sum(levels) / 40)
+    assert sum(measured.total.shares.values()) == pytest.approx(1)
+
+
+@torch.no_grad()
+def test_a_dense_weight_in_place_of_one(model):
+    with measure(model) as measured:
+        model[0].weight = nn.Parameter(torch.randn(96, 40))
+        model(torch.randn(1, 40))
+    assert list(measured.layers) == ["2"]
+
+
+@torch.no_grad()
+def test_experts_that_were_replaced_meanwhile():
+    model = tiny_model("qwen3_moe", tied=False)
+    quantize_(model, GrinqhConfig(bits=2))
+    other = copy.deepcopy(model)
+    set_bits(other, 8)
+    with measure(model) as measured:
+        model.load_state_dict(other.state_dict(), assign=True)
+        model(torch.ones(1, 1, dtype=torch.long))
+    assert {reading.bits for reading in measured.layers.values()} == {8}
 
 
 def test_tied_weights_are_stored_once():

@@ -1,13 +1,16 @@
 """Several threads on one model."""
 
 import copy
+import gc
 import pickle
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from torch import nn
 from torchao.quantization import quantize_
 from transformers import CompileConfig
@@ -233,7 +236,9 @@ def waits_for_changes(step, gate):
     with ThreadPoolExecutor(1) as pool:
         with gate.change():
             running = pool.submit(step)
-            waited = not wait([running], timeout=0.3).done
+            while not (gate._steps_waiting or running.done()):
+                time.sleep(0.001)
+            waited = not running.done()
         running.result(60)
     return waited
 
@@ -248,6 +253,29 @@ def test_models_that_compile_themselves_are_guarded(model, compiled_first):
     other = copy.deepcopy(model)
     other.compile(backend="eager")
     assert waits_for_changes(lambda: other(x), other._grinqh_gate)
+
+
+def test_guarded_models_are_freed_as_others(model):
+    other = copy.deepcopy(model)
+    guard_steps(other)
+    gone = weakref.ref(other)
+    gc.disable()
+    try:
+        del other
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_regions_of_a_guarded_model_are_compiled_in_a_copy():
+    """By accelerate, whose copies share modules."""
+    model = tiny_model("llama", tied=False)
+    quantize_(model, GrinqhConfig(bits=3))
+    guard_steps(model)
+    regions = compile_regions(model, backend="eager")
+    regions.compile(backend="eager")
+    assert regions._compiled_call_impl is not None
+    assert model._compiled_call_impl is None
 
 
 def test_what_generate_compiles_is_guarded():

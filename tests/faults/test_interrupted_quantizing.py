@@ -68,6 +68,10 @@ def test_quantize():
         found = summary(model)
         assert found.tied == expected.tied
         assert found.stored_bytes == expected.stored_bytes
+        for module, as_wanted in zip(model.modules(), whole.modules(), strict=True):
+            assert type(module) is type(as_wanted)
+            for own in ("_inner", "_shares_weight"):
+                assert bool(getattr(module, own, None)) == bool(getattr(as_wanted, own, None))
         assert torch.equal(model(IDS).logits, logits)
 
 

@@ -8,7 +8,8 @@ import warnings
 
 import torch
 
-# Turing. What is compiled for older ones cannot be disassembled, so no test can check it.
+# Turing. The CUDA tools that Triton brings do not disassemble what is compiled for older ones, so
+# that no test could check it.
 MIN_CAPABILITY = (7, 5)
 
 
