@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from grinqh_ao.grading import ALL_LEVELS
 from grinqh_ao.linear import first_decoded_row, wants_grad
 from grinqh_ao.model import quantized_modules, require_quantized_linears
 from grinqh_ao.torchao_tensor import GrinqhTensor
+
+logger = logging.getLogger("grinqh_ao")
 
 
 @dataclass(frozen=True)
@@ -149,12 +152,12 @@ class Measurement:
 
     @property
     def body(self) -> Reading | None:
-        """All layers but output heads: those whose average ``bits`` sets. None if there is none."""
+        """All layers but output heads: those whose average ``bits`` sets. None if none decoded."""
         return self._sum([name for name, c in self._counters.items() if not c.is_head])
 
     @property
     def head(self) -> Reading | None:
-        """Output heads, which read at least ``GrinqhConfig.head_bits``. None if there is none."""
+        """Output heads, which read at least ``GrinqhConfig.head_bits``. None if none decoded."""
         return self._sum([name for name, c in self._counters.items() if c.is_head])
 
     @property
@@ -166,13 +169,19 @@ class Measurement:
         """
         total = self._sum(list(self._counters))
         if total is None:
-            wanted = sum(c.tokens_with_gradient for c in self._counters.values())
-            why = "rows that want gradients take the dense path, use torch.no_grad()"
-            raise ValueError(
-                "nothing was decoded by this thread while measuring: "
-                + (why if wanted else "no quantized layer saw a single row")
-            )
+            raise ValueError(self._why_nothing())
         return total
+
+    def _why_nothing(self) -> str:
+        """Empty if something was decoded."""
+        if any(counter.tokens for counter in self._counters.values()):
+            return ""
+        wanted = any(counter.tokens_with_gradient for counter in self._counters.values())
+        return "nothing was decoded by this thread while measuring: " + (
+            "rows that want gradients take the dense path, use torch.no_grad()"
+            if wanted
+            else "no quantized layer saw a single row"
+        )
 
     def __repr__(self) -> str:
         decoded = self._sum(list(self._counters))
@@ -236,7 +245,7 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
 
     Counts the rows that are decoded by this thread: not prompts, and not rows that want gradients.
     While it is active, compiled models run eagerly, in all threads, because compiled graphs do not
-    run hooks; afterwards nothing of it remains.
+    run hooks; afterwards nothing of it remains. Says at the end if nothing was decoded, and why.
 
     Raises:
         ValueError: nothing in ``model`` is quantized.
@@ -252,6 +261,8 @@ def measure(model: nn.Module) -> Iterator[Measurement]:
     try:
         with eagerly():
             yield measurement
+        if why := measurement._why_nothing():
+            logger.warning(why)
     finally:
         for handle in handles:
             handle.remove()

@@ -37,7 +37,8 @@ def load(
         quantize: quantizes it, while it is loaded if its format allows that.
 
     Raises:
-        ModelNotFoundError: there is no such file, directory or package.
+        ModelNotFoundError: there is no such file, directory or package, nor a hub's model.
+        ImportError: it is a .gguf file, which takes the package ``gguf``.
         ValueError: it is to be quantized and is already, or no GGUF file for all its name.
     """
     options: dict[str, Any] = {}
@@ -52,6 +53,8 @@ def load(
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{model}: is no GGUF file")
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError(f"{model}: to read .gguf files, pip install gguf")
         model, tokenizer_options = str(path.parent), {"gguf_file": path.name}
         # Where a kernel is installed, transformers may keep GGUF weights packed in its own modules.
         options = tokenizer_options | {
@@ -59,9 +62,9 @@ def load(
         }
     elif not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise ModelNotFoundError(f"{model}: no such directory, and no hub id")
+    elif _is_saved_quantized(model) and quantize is not None:
+        raise ValueError(f"{model}: is quantized already")
     elif quantize is not None:
-        if is_saved_quantized(model):
-            raise ValueError(f"{model}: is quantized already")
         options["quantization_config"] = quantize
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
@@ -94,9 +97,16 @@ def is_gguf(model: str) -> bool:
     return model == SMOLLM2 or model.endswith(".gguf")
 
 
-def is_saved_quantized(model: str) -> bool:
+def _is_saved_quantized(model: str) -> bool:
     """Whether a directory or hub id has a model that was quantized, by whatever quantizer."""
-    config = transformers.AutoConfig.from_pretrained(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except OSError as error:
+        if Path(model).is_dir():
+            raise
+        raise ModelNotFoundError(
+            f"{model}: no such directory, and the hub did not give such a model: {error}"
+        ) from error
     return getattr(config, "quantization_config", None) is not None
 
 

@@ -112,6 +112,7 @@ def test_quantize_does_not_overwrite(dense, saved, capsys):
         (["quantize", "BROKEN", "-o", "NEW"], 1, "above report"),
         (["quantize", "SAVED", "-o", "NEW"], 1, "is quantized already"),
         (["quantize", "/no/where", "-o", "NEW"], 1, "no such directory"),
+        (["quantize", "no-model", "-o", "NEW"], 1, "no-model: no such directory, and the hub did"),
         (["quantize", "/no/where.gguf", "-o", "NEW"], 1, "no such file"),
         (["info", "DENSE"], 1, "not quantized by GRINQH"),
         (["info", "/no/where"], 1, "No such file"),

@@ -213,6 +213,17 @@ def test_is_short_where_it_is_part_of_something(model):
     assert repr(measured) == f"Measurement(layers=2, bits={measured.total.bits:.2f})"
 
 
+def test_says_if_nothing_was_decoded(model, log):
+    with measure(model) as measured:
+        model(torch.randn(9, 40))  # a prompt
+    assert "nothing was decoded" in log.text
+    assert measured.body is None
+    log.clear()
+    with measure(model):
+        model(torch.randn(1, 40))
+    assert not log.text
+
+
 def test_needs_something_quantized():
     with pytest.raises(ValueError, match="no layer is quantized"), measure(nn.Linear(4, 4)):
         pass

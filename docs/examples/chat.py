@@ -5,10 +5,12 @@ python docs/examples/chat.py [--model MODEL] [--bits 3] [--new-tokens 200]
 
 import argparse
 
+from torchao.quantization import quantize_
 from transformers import TextStreamer
 
 import grinqh_ao
-from grinqh_ao import GrinqhHfConfig
+from grinqh_ao import GrinqhConfig
+from grinqh_ao.model import is_quantized
 from grinqh_ao.running import load
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -17,7 +19,10 @@ parser.add_argument("--bits", type=float, default=3.0)
 parser.add_argument("--new-tokens", type=int, default=200)
 arguments = parser.parse_args()
 
-model, tokenizer = load(arguments.model, quantize=GrinqhHfConfig(bits=arguments.bits))
+model, tokenizer = load(arguments.model)
+if not is_quantized(model):
+    quantize_(model, GrinqhConfig())
+grinqh_ao.set_bits(model, arguments.bits)
 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 conversation: list[dict[str, str]] = []
 
@@ -48,7 +53,9 @@ while True:
         try:
             grinqh_ao.set_bits(model, float(argument))
         except ValueError as error:
-            print(f"/bits: {error}")
+            print(f"{said}: expected a number of bits above 0 and up to 8 ({error})")
+    elif said.startswith("/"):
+        print(f"{command}: expected /bits NUMBER or /quit")
     elif said:
         conversation.append({"role": "user", "content": said})
         conversation.append({"role": "assistant", "content": answer()})

@@ -113,7 +113,8 @@ def save(
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(  # noqa: TRY004
-            f"model={type(model).__name__}: expected a model of transformers"
+            f"model={type(model).__name__}: expected a model of transformers; the state_dict of "
+            "others can be saved and loaded by torch.save and torch.load"
         )
     if not os.fspath(directory):
         raise ValueError("directory='': expected the name of a directory")
