@@ -49,8 +49,8 @@ def fuse_projections(model: nn.Module) -> list[list[str]]:
     Returns:
         The names of the modules in each group that was fused, now or before. A group that cannot be
         is logged and left: its weights have different level sets or tile widths, or are not all
-        quantized, or adapters or hooks sit on its layers. (Those that were put there later change
-        nothing; but a group under adapters is not named.)
+        quantized, or adapters or hooks sit on its layers. (A group
+        that was fused before they came stays fused; under adapters it is not among the names.)
 
     Raises:
         ValueError: nothing in ``model`` is quantized.

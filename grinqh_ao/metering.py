@@ -180,7 +180,7 @@ class Measurement:
         return "nothing was decoded by this thread while measuring: " + (
             "rows that want gradients take the dense path, use torch.no_grad()"
             if wanted
-            else "no quantized layer saw a single row"
+            else "no quantized layer was given rows to decode; more than 8 at once are a prompt"
         )
 
     def __repr__(self) -> str:

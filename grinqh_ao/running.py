@@ -37,7 +37,8 @@ def load(
         quantize: quantizes it, while it is loaded if its format allows that.
 
     Raises:
-        ModelNotFoundError: there is no such file, directory or package, nor a hub's model.
+        ModelNotFoundError: there is no such file, directory or package, and no such model on
+            the hub.
         ImportError: it is a .gguf file, which takes the package ``gguf``.
         ValueError: it is to be quantized and is already, or no GGUF file for all its name.
     """

@@ -73,7 +73,7 @@ def test_prompts_do_not_count_unless_every_row_is_decoded(model):
     x = torch.randn(2, 5, 40)  # ten rows are a prompt
     with measure(model) as measured:
         model(x)
-        with pytest.raises(ValueError, match="no quantized layer saw a single row"):
+        with pytest.raises(ValueError, match="no quantized layer was given rows to decode"):
             _ = measured.total
         with decode_every_row(dense_prefix=3):
             model(x)

@@ -236,8 +236,10 @@ def waits_for_changes(step, gate):
     with ThreadPoolExecutor(1) as pool:
         with gate.change():
             running = pool.submit(step)
-            while not (gate._steps_waiting or running.done()):
+            deadline = time.monotonic() + 60
+            while not (gate._steps_waiting or running.done()) and time.monotonic() < deadline:
                 time.sleep(0.001)
+            assert gate._steps_waiting or running.done()
             waited = not running.done()
         running.result(60)
     return waited

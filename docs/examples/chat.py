@@ -19,7 +19,7 @@ parser.add_argument("--bits", type=float, default=3.0)
 parser.add_argument("--new-tokens", type=int, default=200)
 arguments = parser.parse_args()
 
-model, tokenizer = load(arguments.model)
+model, tokenizer = load(arguments.model)  # if dense, it has to fit in memory as such
 if not is_quantized(model):
     quantize_(model, GrinqhConfig())
 grinqh_ao.set_bits(model, arguments.bits)

@@ -61,7 +61,7 @@ def test_quantize():
     whole = make()
     quantize(whole)
     expected, logits = summary(whole), whole(IDS).logits
-    functions = {"_quantize_layer", "put_experts", "adopt"}
+    functions = {"_quantize_layer", "_adopt_all", "put_experts", "adopt"}
     for model in interrupted(quantize, functions, make):
         assert model(IDS).logits.isfinite().all()
         quantize(model)
