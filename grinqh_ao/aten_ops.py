@@ -24,8 +24,8 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def _alias(weight: GrinqhTensor) -> GrinqhTensor:
-    return weight.with_data(lambda data: data)
+def _alias(weight: GrinqhTensor, **attributes: Any) -> GrinqhTensor:
+    return weight.with_data(lambda data: data, **attributes)
 
 
 def _view(handler: Op) -> Op:
@@ -272,6 +272,6 @@ def _(func: Op, types: Any, args: Args, kwargs: Kwargs) -> Tensor:
             "compact; load_state_dict(..., assign=True) replaces the weight instead"
         )
     # The codes know no dtype: a model that presents itself in another one takes them as they are.
-    alike = source.with_data(lambda data: data, dtype=into.dtype)
+    alike = _alias(source, dtype=into.dtype)
     copied: Tensor = _copy_same_type(func, types, (into, alike, *args[2:]), kwargs)
     return copied

@@ -67,7 +67,7 @@ def _quantize(call: QuantizeCall) -> None:
         except ValueError as error:
             raise ValueError(f"{layer}: {error}; nothing was quantized") from None
     # Up to here nothing has been changed.
-    for layer in before:  # in case that this was not done any more
+    for layer in before:  # which a call that was interrupted may have left out
         _adopt_all(owners.get(cast(Tensor, layer.weight), []))
     try:
         _quantize_layers(todo, owners, call.device)

@@ -63,10 +63,12 @@ def load(
         }
     elif not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise ModelNotFoundError(f"{model}: no such directory, and no hub id")
-    elif _is_saved_quantized(model) and quantize is not None:
-        raise ValueError(f"{model}: is quantized already")
-    elif quantize is not None:
-        options["quantization_config"] = quantize
+    else:
+        quantized = _is_saved_quantized(model)  # or there is no such model
+        if quantize is not None:
+            if quantized:
+                raise ValueError(f"{model}: is quantized already")
+            options["quantization_config"] = quantize
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -99,7 +101,11 @@ def is_gguf(model: str) -> bool:
 
 
 def _is_saved_quantized(model: str) -> bool:
-    """Whether a directory or hub id has a model that was quantized, by whatever quantizer."""
+    """Whether a directory or hub id has a model that was quantized, by whatever quantizer.
+
+    Raises:
+        ModelNotFoundError: there is neither.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except OSError as error:

@@ -5,13 +5,10 @@ python docs/examples/chat.py [--model MODEL] [--bits 3] [--new-tokens 200]
 
 import argparse
 
-from torchao.quantization import quantize_
 from transformers import TextStreamer
 
 import grinqh_ao
-from grinqh_ao import GrinqhConfig
-from grinqh_ao.model import is_quantized
-from grinqh_ao.running import load
+from grinqh_ao.cli.options import open_model
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", default="smollm2", help="directory, .gguf file, hub id or smollm2")
@@ -19,10 +16,8 @@ parser.add_argument("--bits", type=float, default=3.0)
 parser.add_argument("--new-tokens", type=int, default=200)
 arguments = parser.parse_args()
 
-model, tokenizer = load(arguments.model)  # if dense, it has to fit in memory as such
-if not is_quantized(model):
-    quantize_(model, GrinqhConfig())
-grinqh_ao.set_bits(model, arguments.bits)
+# As it was saved, or quantized now; if dense, it has to fit in memory as such.
+model, tokenizer = open_model(arguments.model, arguments.bits)
 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 conversation: list[dict[str, str]] = []
 
