@@ -27,7 +27,7 @@ LONGEST = (
 )  # fmt: skip
 
 if importlib.util.find_spec("triton"):
-    import quick_interpreter  # noqa: F401
+    import mended_interpreter  # noqa: F401
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")

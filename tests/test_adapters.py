@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from torchao.quantization import quantize_
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import grinqh_ao
 from grinqh_ao import GrinqhConfig, GrinqhTensor, aten_ops, measure, set_bits, summary
@@ -12,6 +14,10 @@ from models import tiny_model
 
 peft = pytest.importorskip("peft")
 
+OWN_ADAPTERS = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers takes adapters of PEFT {MIN_PEFT_VERSION} and newer",
+)
 IDS = torch.arange(48).view(2, 24) * 5 % 320
 
 
@@ -128,6 +134,7 @@ def test_adding_to_nested_codes_is_refused():
         weight += torch.randn(64, 64)
 
 
+@OWN_ADAPTERS
 def test_transformers_own_adapters(tmp_path):
     model = quantized()
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
@@ -136,7 +143,7 @@ def test_transformers_own_adapters(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("own", [pytest.param(True, marks=OWN_ADAPTERS), False])
 def test_save_does_not_lose_the_model_below_adapters(own, tmp_path):
     model = quantized()
     grinqh_ao.save(model, tmp_path)

@@ -219,7 +219,9 @@ def report(job: Job) -> dict[str, Any]:
         attrs={place: [["tt.divisibility", 16]] for place in divisible},
     )
     target = GPUTarget("cuda", job.capability, 32)
-    options = {"num_warps": job.warps} | ({"maxnreg": job.registers} if job.registers else {})
+    options = {"num_warps": job.warps, "enable_fp_fusion": True} | (
+        {"maxnreg": job.registers} if job.registers else {}
+    )
     compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

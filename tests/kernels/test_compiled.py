@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 VERSION = ".".join(importlib.metadata.version("triton").split(".")[:2])
 KNOWN = pytest.mark.skipif(
-    VERSION not in ("3.6", "3.7"),
+    VERSION not in ("3.6", "3.7", "3.8", "3.9"),
     reason=f"nobody has looked at what Triton {VERSION} makes of the kernels",
 )
 
@@ -65,13 +65,18 @@ def is_mma_of_many(report: dict) -> bool:
     return "mma, rows 1, tile 512" in report["form"] and "few" not in report["form"]
 
 
+# By version of Triton, where registers are limited: in all, and in a loop (see docs/kernel.md).
+SPILLS = {"3.6": (8, 1), "3.7": (8, 1), "3.8": (8, 3), "3.9": (16, 6)}
+
+
 @KNOWN
 def test_hardly_anything_spills(reports):
     """Most where four programs must fit (configurations.py), some by ptxas's own choice."""
     for report in reports:
-        limited = report["capability"] == 90 and is_mma_of_many(report)
-        assert report["all"]["spills"] <= (8 if limited else 4), report
-        assert all(loop["spills"] <= 1 for loop in report["loops"]), report
+        limited = report["capability"] == 90 and "mma, rows 1, tile 512" in report["form"]
+        most, most_in_a_loop = SPILLS[VERSION] if limited else (4, 0)
+        assert report["all"]["spills"] <= most, report
+        assert all(loop["spills"] <= most_in_a_loop for loop in report["loops"]), report
         assert report["local"] == 0, report
 
 
@@ -151,10 +156,12 @@ def test_subnormal_codes_are_not_flushed(decoders):
         assert report["all"]["flushing"] == 0, report
 
 
-# Registers and instructions per weight, by version of Triton; docs/kernel.md has the newest's.
+# Registers and instructions per weight, by version of Triton; docs/kernel.md has 3.7's and 3.6's.
 # Compact storage takes some more.
-DEQUANTIZE_LIMITS = {"3.6": (200, 32), "3.7": (128, 21)}
-DEQUANTIZE_COMPACT_LIMITS = {"3.6": (224, 34), "3.7": (160, 21.5)}
+DEQUANTIZE_LIMITS = {"3.6": (200, 32), "3.7": (128, 21), "3.8": (152, 20), "3.9": (152, 20)}
+DEQUANTIZE_COMPACT_LIMITS = {
+    "3.6": (224, 34), "3.7": (160, 21.5), "3.8": (152, 21), "3.9": (152, 21),
+}  # fmt: skip
 
 
 @KNOWN

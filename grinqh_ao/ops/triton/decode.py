@@ -210,6 +210,7 @@ def launch(
         INTERPRET=interpret,
         **own,
         num_warps=WARPS,
+        enable_fp_fusion=True,  # Triton 3.10 will not by itself
         maxnreg=configuration.registers,
         launch_pdl=configuration.early,
     )

@@ -124,5 +124,6 @@ def dequantize(
         WORDS=words,
         BLOCK_K=block_k,
         num_warps=NUM_WARPS,
+        enable_fp_fusion=True,  # Triton 3.10 will not by itself
     )
     return out
