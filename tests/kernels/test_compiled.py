@@ -156,7 +156,7 @@ def test_subnormal_codes_are_not_flushed(decoders):
         assert report["all"]["flushing"] == 0, report
 
 
-# Registers and instructions per weight, by version of Triton; docs/kernel.md has 3.7's and 3.6's.
+# Registers and instructions per weight, by version of Triton, as in docs/kernel.md.
 # Compact storage takes some more.
 DEQUANTIZE_LIMITS = {"3.6": (200, 32), "3.7": (128, 21), "3.8": (152, 20), "3.9": (152, 20)}
 DEQUANTIZE_COMPACT_LIMITS = {
