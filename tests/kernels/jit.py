@@ -23,8 +23,10 @@ from grinqh_ao.ops.triton.decode import Weight
 
 
 class Binaries:
+    """Loads nothing."""
+
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 48 << 10}
+        return {"max_shared_mem": 48 << 10}  # of every GPU, without asking
 
     def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 1024
@@ -33,16 +35,20 @@ class Binaries:
 
 
 class Launcher:
+    """Says what would be launched."""
+
     def __init__(self, source: Any, metadata: Any) -> None:
         self.metadata = metadata
 
     def __call__(self, *arguments: Any) -> None:
-        about = ("name", "num_warps", "maxnreg", "launch_pdl", "enable_fp_fusion")
+        about = ("name", "num_warps", "launch_pdl", "enable_fp_fusion")
         launch = {name: getattr(self.metadata, name) for name in about}
         print(json.dumps(launch | {"grid": arguments[:3]}), flush=True)
 
 
 class Driver:
+    """As much of a GPU's driver as Triton asks for on the way to a launch."""
+
     launcher_cls = Launcher
     utils = Binaries()
 
