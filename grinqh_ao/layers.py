@@ -71,7 +71,10 @@ class GrinqhLinear(nn.Linear):
         """Another weight may be here. Not where something else has replaced forward(): accelerate
         does, to put weights in place for the length of a call, and they are not to be kept."""
         keep = not self._shares_weight and "forward" not in self.__dict__
-        self._inner = self._in_weight() if keep else None
+        inner = self._in_weight() if keep else None
+        if inner is not None:
+            _into_parameters(inner)
+        self._inner = inner
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -98,6 +101,14 @@ class GrinqhLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._remember()
+
+
+def _into_parameters(inner: dict[str, Any]) -> None:
+    """Compiled models check other tensors even where they are asked to check no weights
+    (``torch.compiler.set_stance(skip_guard_eval_unsafe=True)``)."""
+    for name in Inner._fields:
+        if type(inner.get(name)) is Tensor:
+            inner[name] = nn.Parameter(inner[name], requires_grad=False)
 
 
 def adopt(module: nn.Module, shared: bool = False) -> None:

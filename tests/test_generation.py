@@ -103,7 +103,8 @@ def test_compiled_forward_in_a_generation_loop():
     assert generate(model, ids) == expected
 
 
-def test_compiled_without_checks_of_modules():
+@pytest.mark.parametrize("skipped", ["of modules", "all"])
+def test_compiled_and_unchecked(skipped):
     model = tiny_model("llama", tied=True)
     quantize_(model, GrinqhConfig(bits=3))
     ids = torch.randint(0, 320, (1, 9))
@@ -114,18 +115,30 @@ def test_compiled_without_checks_of_modules():
         graphs += 1
         return graph.forward
 
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     config = transformers.CompileConfig(
         backend=backend,
         fullgraph=True,
         mode=None,
-        options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+        options=options if skipped == "of modules" else None,
     )
     config._compile_all_devices = True
     compiled = {"cache_implementation": "static", "compile_config": config}
     for bits in (3, 2, 4):
         set_bits(model, bits)
-        assert generate(model, ids, **compiled) == generate(model, ids)
+        with measure(model) as alone:
+            expected = generate(model, ids)
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=graphs > 0 and skipped == "all"):
+            assert generate(model, ids, **compiled) == expected
+            with measure(model) as measured:  # eagerly
+                assert generate(model, ids, **compiled) == expected
+        assert measured.total == alone.total
         assert graphs == 1
+    with (
+        torch.compiler.set_stance(skip_guard_eval_unsafe=True),
+        pytest.raises(RuntimeError, match="skip_guard_eval_unsafe"),
+    ):  # not a wrong text: another size of the cache is seen
+        generate(model, ids, max_new_tokens=20, **compiled)
 
 
 def test_set_bits_changes_what_is_measured_and_back_is_identical(family):

@@ -94,10 +94,10 @@ def test_models(monkeypatch):
     config = transformers.LlamaConfig(**SMALL)
     report = whole_models.measure(transformers.LlamaForCausalLM, config)
     speeds = report["tokens_per_second"]
-    assert {"bf16", "grinqh 2, fused", "grinqh unchecked 3, fused"} <= set(speeds)
+    assert {"bf16", "grinqh 2, fused", "grinqh 3, fused, deferred, unchecked"} <= set(speeds)
     assert all(speed > 0 for speed in speeds.values())
     at_once = set(report["kernels_us_per_token"])
-    assert set(speeds) == at_once | {f"{name}, deferred" for name in at_once}
+    assert set(speeds) == {", ".join([n, *way]) for n in at_once for way in whole_models.WAYS}
     assert all(report["same_tokens"].values())
     for times in report["kernels_us_per_token"].values():
         assert len(times) == 1 + whole_models.MAX_KERNELS
@@ -116,10 +116,10 @@ class Parrot:
     def facts(self):
         return {}
 
-    def ask(self, method, bits, deferred=False):
+    def ask(self, method, bits, way=()):
         if method == "kernels":
             return {"all": 1.0}
-        return [1.0, 2.0], 3.0, [int(deferred and self.differs)]
+        return [1.0, 2.0], 3.0, [int("deferred" in way and self.differs)]
 
 
 def test_other_tokens_are_seen():
@@ -127,8 +127,10 @@ def test_other_tokens_are_seen():
     report |= {"same_tokens": {}}
     models = {"bf16": Parrot(differs=False), "torchao int4": Parrot(differs=True)}
     whole_models.measure_in_turn(models, report)
-    assert report["same_tokens"] == {"bf16, deferred": True, "torchao int4, deferred": False}
-    assert whole_models.problems_of(report) == ["torchao int4, deferred: other tokens"]
+    others = {"torchao int4, deferred", "torchao int4, deferred, unchecked"}
+    assert {name for name, same in report["same_tokens"].items() if not same} == others
+    assert {"bf16, deferred", "bf16, unchecked"} < set(report["same_tokens"])
+    assert set(whole_models.problems_of(report)) == {f"{name}: other tokens" for name in others}
 
 
 class Broken(Parrot):
@@ -157,7 +159,8 @@ def test_failures_of_our_own_models_are_failures(monkeypatch, tmp_path, capsys):
     assert "failed: llama_8b\n" in capsys.readouterr().out
     found = json.loads(report.read_text())
     assert found["llama_8b"]["problems"] == ["grinqh: RuntimeError: an illegal memory access"]
-    assert found["llama_8b"]["tokens_per_second"].keys() == {"bf16", "bf16, deferred"}
+    ways = {", ".join(["bf16", *way]) for way in whole_models.WAYS}
+    assert found["llama_8b"]["tokens_per_second"].keys() == ways
     assert "were left" in found["sweep"]["skipped"]
 
 
@@ -176,7 +179,7 @@ def test_models_in_processes_of_their_own():
     report |= {"same_tokens": {}}
     whole_models.measure_in_turn(models, report)
     assert set(report["kernels_us_per_token"]) == {f"grinqh {bits}, fused" for bits in (2, 3, 4)}
-    assert len(report["same_tokens"]) == 3
+    assert len(report["same_tokens"]) == 3 * (len(whole_models.WAYS) - 1)
     assert report["bf16"].startswith("RuntimeError")
     for model in models.values():
         model.close()

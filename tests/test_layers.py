@@ -152,6 +152,27 @@ def test_weights_are_static_in_compiled_models(fused: bool) -> None:
         assert tensor._dynamo_static_input_type
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_are_not_checked_where_checks_are_skipped(fused: bool) -> None:
+    """As those of dense layers are not: what would be a recompilation goes unnoticed."""
+    torch._dynamo.reset()
+    model, x = Attention(), x_of()
+    quantize_(model, GrinqhConfig(bits=3))
+    if fused:
+        assert fuse_projections(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = compiled(x)
+        for name in ("slices", "scales"):
+            inner = getattr(model.k_proj.weight, name)
+            setattr(model.k_proj.weight, name, inner.mT.contiguous().mT)  # other strides
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                assert torch.equal(compiled(x), expected)
+            with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError):
+                compiled(x)
+            setattr(model.k_proj.weight, name, inner)
+
+
 def test_compiled_models_see_what_changes() -> None:
     torch._dynamo.reset()
     model, x = nn.Sequential(layer()), x_of()

@@ -19,13 +19,14 @@ from torchao.quantization import Int4WeightOnlyConfig, quantize_
 from gpu_suite import timing
 from grinqh_ao import GrinqhConfig, calibrate, defer_stop_checks, fuse_projections, set_bits
 
-# And the bits of each; the most telling first. "Unchecked": without Dynamo's checks of modules.
+# And the bits of each; the most telling first.
 KINDS: dict[str, Sequence[float | None]] = {
     "bf16": [None],
     "grinqh": [3, 2, 4],
-    "grinqh unchecked": [3],
     "torchao int4": [None],
 }
+# What docs/transformers.md recommends, alone and together, and generate() as it comes.
+WAYS = ((), ("deferred",), ("unchecked",), ("deferred", "unchecked"))
 ROOM_FOR_ALL = 72 << 30  # as long as their dense weights are all there
 NEW_TOKENS = 128
 PROMPT = 32
@@ -76,7 +77,7 @@ class Model:
         self.model: Any = build(model_class, config)
         self.facts: dict[str, Any] = {"weights": sum(p.numel() for p in self.model.parameters())}
         begin = time.perf_counter()
-        if kind.startswith("grinqh"):
+        if kind == "grinqh":
             quantize_(self.model, GrinqhConfig(bits=3))
             timing.wait()
             self.facts["quantize_seconds"] = time.perf_counter() - begin
@@ -87,25 +88,27 @@ class Model:
             quantize_(
                 self.model, Int4WeightOnlyConfig(128, int4_packing_format="tile_packed_to_4d")
             )
-        if kind.endswith("unchecked"):
-            self.model.generation_config.compile_config = without_module_checks()
         begin = time.perf_counter()
         generate(self.model, Clock())
         self.facts["first_generate_seconds"] = time.perf_counter() - begin
 
-    def seconds(self, bits: float | None, deferred: bool) -> tuple[list[float], float, list[int]]:
+    def seconds(
+        self, bits: float | None, way: Sequence[str]
+    ) -> tuple[list[float], float, list[int]]:
         """Of every token after the second, and of all of ``generate()``: its static cache is a new
         one, for which the compiled model is captured again at the second token. And the tokens.
 
         Args:
-            deferred: whether ``generate()`` should stop is looked at a token later.
+            way: "deferred": whether to stop is looked at a token later. "unchecked": it is not
+                checked whether what was compiled still holds.
         """
         self.read(bits)
-        defer_stop_checks(deferred)
+        defer_stop_checks("deferred" in way)
         clock = Clock()
         begin = time.perf_counter()
         try:
-            tokens = generate(self.model, clock)
+            with torch.compiler.set_stance(skip_guard_eval_unsafe="unchecked" in way):
+                tokens = generate(self.model, clock)
         finally:
             defer_stop_checks(False)
         all_of_it = time.perf_counter() - begin
@@ -127,15 +130,6 @@ class Model:
     def read(self, bits: float | None) -> None:
         if bits is not None:
             set_bits(self.model, bits)
-
-
-def without_module_checks() -> Any:
-    """As docs/transformers.md has it."""
-    from transformers import CompileConfig
-
-    skipped = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    options = {"triton.cudagraphs": True, "guard_filter_fn": skipped}
-    return CompileConfig(fullgraph=True, mode=None, options=options)
 
 
 class Here:
@@ -199,7 +193,7 @@ def measure(model_class: Any, config: Any) -> dict[str, Any]:
         "tokens_per_second": {},  # by the median of the tokens after the second
         "new_tokens_per_second": {},  # of all of generate()
         "kernels_us_per_token": {},
-        "same_tokens": {},  # deferred as when not
+        "same_tokens": {},  # as generate() gives as it comes
     }
     on_gpu = timing.DEVICE == "cuda"
     room = on_gpu and torch.cuda.mem_get_info()[0] > ROOM_FOR_ALL
@@ -224,7 +218,7 @@ def problems_of(result: dict[str, Any]) -> list[str]:
 
 
 def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
-    candidates: dict[str, tuple[Any, float | None, bool]] = {}
+    candidates: dict[str, tuple[Any, float | None, Sequence[str]]] = {}
     for kind, model in models.items():
         try:
             result[kind] = model.facts()
@@ -233,16 +227,16 @@ def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
         else:
             for bits in KINDS[kind]:
                 name = kind if bits is None else f"{kind} {bits:g}, fused"
-                candidates[name] = model, bits, False
-                candidates[f"{name}, deferred"] = model, bits, True
+                for way in WAYS:
+                    candidates[", ".join([name, *way])] = model, bits, way
         print(f"{kind}: {result[kind]}", flush=True)
     of_tokens: dict[str, list[float]] = {name: [] for name in candidates}
     of_all: dict[str, list[float]] = {name: [] for name in candidates}
     tokens: dict[str, list[int]] = {}
     for _ in range(ROUNDS):
-        for name, (model, bits, deferred) in list(candidates.items()):
+        for name, (model, bits, way) in list(candidates.items()):
             try:
-                times, all_of_it, tokens[name] = model.ask("seconds", bits, deferred)
+                times, all_of_it, tokens[name] = model.ask("seconds", bits, way)
             except Exception as error:  # its process has ended; the others stand
                 result[name] = f"{type(error).__name__}: {error}"[:300]
                 del candidates[name]
@@ -250,12 +244,12 @@ def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
             of_tokens[name] += times
             of_all[name].append(all_of_it)
             print(f"{name}: {1e3 * statistics.median(times):.2f} ms a token", flush=True)
-    for name, (model, bits, deferred) in candidates.items():
+    for name, (model, bits, way) in candidates.items():
         median = statistics.median(of_tokens[name])
         result["tokens_per_second"][name] = 1 / median
         result["new_tokens_per_second"][name] = NEW_TOKENS / statistics.median(of_all[name])
-        if deferred:
-            same = tokens[name] == tokens.get(name.removesuffix(", deferred"))
+        if way:
+            same = tokens[name] == tokens.get(name.removesuffix(", ".join(["", *way])))
             result["same_tokens"][name] = same
             print(f"{name}: {1 / median:.1f} tokens/s, the same tokens: {same}", flush=True)
             continue
