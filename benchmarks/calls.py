@@ -4,7 +4,7 @@
 
 A model with as many layers as Llama-3-8B has, small ones, on this CPU. "tensor" has plain nn.Linear
 layers with a GrinqhTensor each, "layer" what quantize_ makes of them, "fused" is that after
-fuse_projections. "Skipped" are the checks that are left where torch.compiler.set_stance skips what it
+fuse_projections. "Skipped" is what is left of checks where torch.compiler.set_stance skips what it
 may, as docs/transformers.md recommends.
 """
 
