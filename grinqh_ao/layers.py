@@ -104,10 +104,10 @@ class GrinqhLinear(nn.Linear):
 
 
 def _into_parameters(inner: dict[str, Any]) -> None:
-    """Compiled models check other tensors even where they are asked to check no weights
-    (``torch.compiler.set_stance(skip_guard_eval_unsafe=True)``)."""
+    """The tensors in a weight: compiled models check others even where they are asked to check no
+    weights (``torch.compiler.set_stance(skip_guard_eval_unsafe=True)``)."""
     for name in Inner._fields:
-        if type(inner.get(name)) is Tensor:
+        if type(inner[name]) is Tensor:
             inner[name] = nn.Parameter(inner[name], requires_grad=False)
 
 

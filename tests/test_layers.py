@@ -114,13 +114,18 @@ class Attention(nn.Module):
         return self.q_proj(x) + self.k_proj(x) * self.v_proj(x)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_compiled_models_see_plain_tensors_only(fused: bool) -> None:
+def attention(fused: bool) -> Attention:
     torch._dynamo.reset()
-    model, x = Attention(), x_of()
+    model = Attention()
     quantize_(model, GrinqhConfig(bits=3))
     if fused:
         assert fuse_projections(model)
+    return model
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_models_see_plain_tensors_only(fused: bool) -> None:
+    model, x = attention(fused), x_of()
     graphs: list[list[object]] = []
     compiled = torch.compile(model, fullgraph=True, backend=inputs_of_graphs(graphs))
     with torch.no_grad():
@@ -133,11 +138,7 @@ def test_compiled_models_see_plain_tensors_only(fused: bool) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_weights_are_static_in_compiled_models(fused: bool) -> None:
     """Symbols for their shapes take long to compile; what may move is copied into CUDA graphs."""
-    torch._dynamo.reset()
-    model, x = Attention(), x_of(rows=3)
-    quantize_(model, GrinqhConfig(bits=3))
-    if fused:
-        assert fuse_projections(model)
+    model, x = attention(fused), x_of(rows=3)
     graphs: list[list[object]] = []
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=inputs_of_graphs(graphs))
     with torch.no_grad():
@@ -155,11 +156,7 @@ def test_weights_are_static_in_compiled_models(fused: bool) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_weights_are_not_checked_where_checks_are_skipped(fused: bool) -> None:
     """As those of dense layers are not: what would be a recompilation goes unnoticed."""
-    torch._dynamo.reset()
-    model, x = Attention(), x_of()
-    quantize_(model, GrinqhConfig(bits=3))
-    if fused:
-        assert fuse_projections(model)
+    model, x = attention(fused), x_of()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         expected = compiled(x)

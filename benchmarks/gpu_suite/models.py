@@ -26,7 +26,7 @@ KINDS: dict[str, Sequence[float | None]] = {
     "torchao int4": [None],
 }
 # What docs/transformers.md recommends, alone and together, and generate() as it comes.
-WAYS = ((), ("deferred",), ("unchecked",), ("deferred", "unchecked"))
+WAYS = ("", ", deferred", ", unchecked", ", deferred, unchecked")
 ROOM_FOR_ALL = 72 << 30  # as long as their dense weights are all there
 NEW_TOKENS = 128
 PROMPT = 32
@@ -92,15 +92,13 @@ class Model:
         generate(self.model, Clock())
         self.facts["first_generate_seconds"] = time.perf_counter() - begin
 
-    def seconds(
-        self, bits: float | None, way: Sequence[str]
-    ) -> tuple[list[float], float, list[int]]:
+    def seconds(self, bits: float | None, way: str) -> tuple[list[float], float, list[int]]:
         """Of every token after the second, and of all of ``generate()``: its static cache is a new
         one, for which the compiled model is captured again at the second token. And the tokens.
 
         Args:
-            way: "deferred": whether to stop is looked at a token later. "unchecked": it is not
-                checked whether what was compiled still holds.
+            way: one of WAYS. "deferred": whether to stop is looked at a token later. "unchecked":
+                it is not checked whether what was compiled still holds.
         """
         self.read(bits)
         defer_stop_checks("deferred" in way)
@@ -218,7 +216,7 @@ def problems_of(result: dict[str, Any]) -> list[str]:
 
 
 def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
-    candidates: dict[str, tuple[Any, float | None, Sequence[str]]] = {}
+    candidates: dict[str, tuple[Any, float | None, str]] = {}
     for kind, model in models.items():
         try:
             result[kind] = model.facts()
@@ -228,7 +226,7 @@ def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
             for bits in KINDS[kind]:
                 name = kind if bits is None else f"{kind} {bits:g}, fused"
                 for way in WAYS:
-                    candidates[", ".join([name, *way])] = model, bits, way
+                    candidates[name + way] = model, bits, way
         print(f"{kind}: {result[kind]}", flush=True)
     of_tokens: dict[str, list[float]] = {name: [] for name in candidates}
     of_all: dict[str, list[float]] = {name: [] for name in candidates}
@@ -249,7 +247,7 @@ def measure_in_turn(models: dict[str, Any], result: dict[str, Any]) -> None:
         result["tokens_per_second"][name] = 1 / median
         result["new_tokens_per_second"][name] = NEW_TOKENS / statistics.median(of_all[name])
         if way:
-            same = tokens[name] == tokens.get(name.removesuffix(", ".join(["", *way])))
+            same = tokens[name] == tokens.get(name.removesuffix(way))
             result["same_tokens"][name] = same
             print(f"{name}: {1 / median:.1f} tokens/s, the same tokens: {same}", flush=True)
             continue
